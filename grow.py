@@ -1,0 +1,666 @@
+"""
+Growing Transformers on a frozen substrate (arXiv 2507.07129), in one file to read from top to bottom.
+
+A decoder-only language model whose token embeddings are a fixed function of the token (its glyph, or its number) and are
+never trained. It grows: train a few blocks, freeze them, append new ones on top, train only those and the output layer, repeat.
+The number of parameters in training, the *active* ones, stays constant while the model gets deeper.
+
+    python grow.py                                      # grow 9 layers in 3 stages on text that every Python brings along
+    python grow.py --layers 9 --substrate unicode       # the same, spelled out; other substrates: binary, random, learned
+    python grow.py --monolithic                         # the baseline: all 9 layers at once, same data in the same order
+    python grow.py --plan --d_model 1024 --heads 32 --context 1024    # the ledger of every phase; trains nothing
+    python grow.py --sample "The default value"         # continue a text with the newest model
+
+It is not a fast path to a good chat model, and it reads no checkpoint of the paper's authors.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import prepare_data
+from substrate import EOS, VOCAB, Parser, Substrate, UserError, cli, replacing, substrate, tokenizer, tokenizer_fingerprint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hyperparameters. The command line is made from this block: `layers` is `--layers 9`. A default of None depends on the
+# device (PRESETS below). The paper gives the architecture; optimiser, schedule, batch and births are this project's choice.
+
+
+def opt(default, low, high, help):
+    """One hyperparameter: its default, its range (numbers) or choices (a tuple), and what it means."""
+    return field(default=default, metadata=dict(low=low, high=high, help=help))
+
+
+@dataclass
+class Config:
+    # the model
+    layers: int = opt(9, 1, 1000, 'blocks of the finished model')
+    layers_per_stage: int = opt(3, 1, 1000, 'blocks that a stage appends and trains; the last stage takes the remainder')
+    monolithic: bool = opt(False, None, None, 'train all layers at once: the baseline')
+    substrate: str = opt('unicode', None, None, 'frozen token interface: unicode, binary, random, learned (not frozen), or a .npy/.pt file')
+    d_model: int = opt(None, 16, 16384, 'width')
+    heads: int = opt(None, 1, 1024, 'attention heads; d_model / heads must be even')
+    context: int = opt(None, 8, 65536, 'tokens that the model sees at once')
+    birth: str = opt('identity', ('random', 'identity'), None, 'new blocks: random, or identity (output projections zero: a no-op at birth)')
+    head_birth: str = opt('unigram', ('unigram', 'random'), None, 'output layer: weights zero and bias = log frequency of the tokens, or random')
+    # the training
+    data: str = opt('stdlib', None, None, 'data set in data/, made by prepare_data.py')
+    stage_tokens: int = opt(None, 1, 10**12, 'training tokens of a stage')
+    batch_tokens: int = opt(None, 1, 10**8, 'tokens of an optimiser step')
+    micro_batch: int = opt(None, 1, 10**5, 'sequences that go through the model at once; gradients are accumulated over the rest')
+    lr: float = opt(None, 1e-8, 1, 'peak learning rate of the blocks')
+    head_lr: float = opt(None, 1e-8, 1, 'peak learning rate of the output layer')
+    warmup: int = opt(10, 0, 10**6, 'steps of linear warm-up at the start of every phase; a cosine to a tenth of the peak follows')
+    weight_decay: float = opt(0.1, 0, 1, 'AdamW weight decay of matrices')
+    clip: float = opt(1.0, 1e-6, 1e6, 'largest gradient norm')
+    eval_tokens: int = opt(None, 1, 10**12, 'validate on the first so many tokens of the val split, always the same')
+    seed: int = opt(0, 0, 2**31 - 1, 'of initial weights, data order and sampling')
+    # the run
+    out: str = opt(None, None, None, 'folder of checkpoints and log; default: a new out/NNN, with --resume or --sample the newest')
+    resume: bool = opt(False, None, None, 'go on with the run in --out, exactly where its last checkpoint stands')
+    save_every: float = opt(None, 0, 10**4, 'minutes between checkpoints')
+    device: str = opt('auto', ('auto', 'cpu', 'cuda', 'mps'), None, 'auto takes cuda where there is one')
+    dtype: str = opt('auto', ('auto', 'float32', 'bfloat16'), None, 'of the matrix products; auto takes bfloat16 where the device does it natively')
+    compile: bool = opt(None, None, None, 'torch.compile the blocks and the loss; default: where a compiler is found')
+    plan: bool = opt(False, None, None, 'print the ledger of parameters, FLOPs and tokens; train nothing')
+    # sampling
+    sample: str = opt(None, None, None, 'continue this text with the model in --out; train nothing')
+    length: int = opt(300, 1, 10**6, 'tokens to sample')
+    temperature: float = opt(0.7, 0.01, 100, 'of sampling')
+    top_k: int = opt(40, 1, VOCAB, 'sample among so many of the most likely tokens')
+
+
+PRESETS = {
+    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=180_224, batch_tokens=1024, micro_batch=8, lr=2e-3, head_lr=4e-3,
+                   eval_tokens=32_768, save_every=1.0),
+    'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4,
+                eval_tokens=10**12, save_every=10.0),  # the paper's model
+}
+RUNTIME = {'out', 'resume', 'save_every', 'plan', 'sample', 'length', 'temperature', 'top_k'}  # what a resumed run may change
+
+
+def configure(argv):
+    """Command line -> (Config, dict of the flags that were given). A bad flag ends in one sentence and exit status 2."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        low, high, help = f.metadata['low'], f.metadata['high'], f.metadata['help']
+        default = ', '.join(f'{p[f.name]:g} on a {name}' for name, p in PRESETS.items() if f.name in p) or f.default
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(low, tuple):
+            kind = dict(choices=low)
+        else:
+            kind = dict(type=f.type)
+            help += f'; {low:g} to {high:g}' if low is not None else ''
+        parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=f'{help} (default: {default})', **kind)
+    given = vars(parser.parse_args(argv))
+    for f in dataclasses.fields(Config):
+        low, high = f.metadata['low'], f.metadata['high']
+        if f.name in given and f.type in (int, float) and not low <= given[f.name] <= high:
+            parser.error(f'--{f.name} {given[f.name]:g} is out of range: give a number from {low:g} to {high:g}')
+    if given.get('device', 'auto') == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    else:
+        device = given['device']
+    c = Config(**PRESETS['laptop' if device == 'cpu' else 'gpu'] | given | dict(device=device))
+    if 'micro_batch' not in given:
+        c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context) or 1
+    if c.d_model % (2 * c.heads):
+        parser.error(f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}')
+    if c.batch_tokens % (c.micro_batch * c.context):
+        parser.error(f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch x --context, which is {c.micro_batch * c.context}')
+    if c.stage_tokens < c.batch_tokens:
+        parser.error(f'--stage_tokens {c.stage_tokens} is less than the --batch_tokens {c.batch_tokens} of one step')
+    if device != 'cpu' and not getattr(torch, device if device == 'cuda' else 'mps').is_available():
+        parser.error(f'--device {device}: this machine or this build of torch has none; leave the flag out')
+    return c, given
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model: a pre-norm decoder with rotary positions (paper section 3; pre-norm, eps and initial weights are our choice)
+
+HEAD_ROWS = 8192   # more tokens than this pass the head in slices, so that T x 65,536 logits never exist at once
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding, half-split pairing. x: B, H, T, D; cos, sin: T, D/2."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream. 12 d^2 + 9 d parameters: 12,592,128 at d_model 1024."""
+
+    def __init__(self, d_model, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.up = nn.Linear(d_model, 4 * d_model)
+        self.down = nn.Linear(4 * d_model, d_model)
+
+    def forward(self, x, cos, sin):  # x: B, T, C
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each B, H, T, D
+        cos, sin = cos[:T].to(q.dtype), sin[:T].to(q.dtype)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)      # flash on CUDA
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    @torch.no_grad()
+    def reset(self, birth, std_out, generator):
+        """The weights at birth: normal(0, 0.02), the two output projections smaller, or zero (`identity`: an exact no-op)."""
+        for linear in (self.qkv, self.up):
+            linear.weight.normal_(0, 0.02, generator=generator)
+        for linear in (self.out, self.down):
+            linear.weight.normal_(0, std_out, generator=generator).mul_(birth != 'identity')
+        self.up.bias.zero_()
+        self.down.bias.zero_()
+
+
+def head_loss(h, weight, bias, targets):
+    """Sum of the cross-entropies (nats) of the rows of h (N, d) under the linear head; targets (N,), those of -100 left out."""
+    return F.cross_entropy(F.linear(h, weight, bias).float(), targets, reduction='sum')
+
+
+class GrowingTransformer(nn.Module):
+    """A token interface, blocks (none at birth: `append` adds them on top), a final LayerNorm and an untied output layer.
+
+    model(idx) -> logits (B, T, V);  model(idx, targets) -> (None, mean loss in nats);  idx, targets: int64 (B, T).
+    """
+
+    def __init__(self, config, interface):
+        super().__init__()
+        self.config, self.interface, self.blocks = config, interface, nn.ModuleList()
+        self.norm = nn.LayerNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, VOCAB)
+        half = config.d_model // config.heads // 2
+        angle = torch.outer(torch.arange(config.context), 10_000.0 ** (-torch.arange(half) / half))       # T, D/2
+        self.register_buffer('cos', angle.cos(), persistent=False)
+        self.register_buffer('sin', angle.sin(), persistent=False)
+        self.head_loss = head_loss                                                                        # compiled below
+
+    def append(self, count):
+        """Adds `count` new blocks. Block k is born from (seed, k) alone: grown, monolithic and resumed runs get the same one."""
+        for k in range(len(self.blocks), len(self.blocks) + count):
+            block, device = Block(self.config.d_model, self.config.heads), self.head.weight.device
+            if device.type != 'meta':
+                generator = torch.Generator().manual_seed(1000 * self.config.seed + k)
+                block.reset(self.config.birth, 0.02 / math.sqrt(2 * self.config.layers), generator)
+            self.blocks.append(block.to(device))
+
+    def hidden(self, idx):
+        """idx (B, T) -> the final LayerNorm's output (B, T, C): what a head reads."""
+        x = self.interface(idx)
+        for block in self.blocks:  # while nothing below needs a gradient, autograd records nothing: a frozen block costs
+            x = block(x, self.cos, self.sin)  # one forward pass and keeps no activations
+        return self.norm(x)
+
+    def forward(self, idx, targets=None):
+        h = self.hidden(idx)
+        if targets is None:
+            return self.head(h)
+        h, targets, loss = h.flatten(0, 1), targets.flatten(), 0
+        for rows, t in zip(h.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
+            args = rows, self.head.weight, self.head.bias, t
+            loss = loss + (self.head_loss(*args) if len(h) <= HEAD_ROWS else checkpoint(self.head_loss, *args, use_reentrant=False))
+        return None, loss / (targets != -100).sum()
+
+
+def new_model(c, batches):
+    """A model without blocks, on its interface. The head is born as a unigram model (our choice): weights zero, and a bias of
+    the log frequencies of the training tokens, which saves the steps that would otherwise go into learning them."""
+    model = GrowingTransformer(c, substrate(c.substrate, c.d_model, seed=c.seed))
+    with torch.no_grad():
+        if c.head_birth == 'unigram':
+            model.head.weight.zero_()
+            model.head.bias.copy_(prepare_data.unigram_log_probs(batches))
+        else:
+            model.head.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(1000 * c.seed + 999))
+            model.head.bias.zero_()
+    return model.to(c.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Growth: phases, each with its own trainable set (paper section 4), and the ledger that proves the budget
+
+
+@dataclass
+class Phase:
+    """A stretch of training with one trainable set, one optimiser and one schedule."""
+    kind: str       # 'grow'
+    stage: int      # from 1
+    depth: int      # blocks in the model
+    trained: int    # how many of them train: the topmost ones
+    steps: int      # optimiser steps
+
+
+def phases(c):
+    """The run as a list of phases. The monolithic baseline is one phase over all blocks with as many tokens in all."""
+    depths = [*range(c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
+    steps = c.stage_tokens // c.batch_tokens
+    if c.monolithic:
+        return [Phase('grow', 1, c.layers, c.layers, steps * len(depths))]
+    below = [0, *depths]
+    return [Phase('grow', k + 1, depth, depth - below[k], steps) for k, depth in enumerate(depths)]
+
+
+def enter(model, phase):
+    """Appends the phase's new blocks and sets what trains: the topmost blocks, the final LayerNorm and the head; all else is
+    frozen. A `learned` interface trains with the first stage (so all the time in a monolithic run), any other never."""
+    model.append(phase.depth - len(model.blocks))
+    for k, block in enumerate(model.blocks):
+        block.requires_grad_(k >= phase.depth - phase.trained)
+    model.interface.requires_grad_(model.interface.name == 'learned' and phase.stage == 1)
+
+
+def count(parameters, active=False):
+    """Number of parameters in all, or of the active (trainable) ones."""
+    return sum(p.numel() for p in parameters if p.requires_grad or not active)
+
+
+def flops_per_token(c, phase):
+    """Training FLOPs a token, (blocks, head): 2 a multiply-add, attention causal; backward twice the forward, none where frozen."""
+    block = 2 * 12 * c.d_model**2 + 2 * c.context * c.d_model
+    return block * (phase.depth + 2 * phase.trained), 3 * 2 * c.d_model * VOCAB
+
+
+def ledger(c):
+    """One dict a phase: what is frozen, what trains, what it costs. Built by the training code itself, on the meta device."""
+    with torch.device('meta'):
+        model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, fingerprint=''))
+        rows = []
+        for phase in phases(c):
+            enter(model, phase)
+            block_flops, head_flops = flops_per_token(c, phase)
+            rows.append(dict(phase=phase.kind, stage=phase.stage, layers=phase.depth, frozen=phase.depth - phase.trained, trained=phase.trained,
+                             active=count(model.parameters(), active=True), total=count(model.parameters()),
+                             block_flops=block_flops, head_flops=head_flops, tokens=phase.steps * c.batch_tokens))
+    return rows
+
+
+def table(rows):
+    """Prints dicts of equal keys as an aligned table; integers with thousands separators."""
+    cells = [list(rows[0])] + [[f'{v:,}' if isinstance(v, int) else f'{v:.3f}' if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print('  '.join(cell.rjust(w) for cell, w in zip(line, widths)))
+
+
+def print_plan(c):
+    """The ledger of this run, of the monolithic model, and of the monolithic model with a trainable embedding."""
+    mono = dataclasses.replace(c, monolithic=True)
+    for title, config in (('grown', dataclasses.replace(c, monolithic=False)), ('monolithic', mono),
+                          ('monolithic, trainable embedding', dataclasses.replace(mono, substrate='learned'))):
+        rows = ledger(config)
+        work = sum((r['block_flops'] + r['head_flops']) * r['tokens'] for r in rows)
+        print(f'{title}: {config.substrate} substrate, {work:.3g} FLOPs in all, of them blocks {sum(r["block_flops"] * r["tokens"] for r in rows):.3g}')
+        table(rows)
+        print()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, optimiser, schedule
+
+
+def set_up(c):
+    """Chooses precision and compilation where the user did not, prints them, and returns the context of mixed precision."""
+    if c.dtype == 'auto':
+        native = torch.cuda.is_bf16_supported() if c.device == 'cuda' else native_bf16() if c.device == 'cpu' else False
+        c.dtype = 'bfloat16' if native else 'float32'
+    compiler = c.device == 'cuda' or any(map(shutil.which, ('c++', 'g++', 'clang++'))) and os.path.exists(sysconfig.get_path('include') + '/Python.h')
+    if c.compile and not compiler:
+        raise UserError('--compile needs a C++ compiler and the Python headers: install g++ and python3-dev, or give --no-compile')
+    c.compile = bool(compiler) if c.compile is None else c.compile
+    torch.set_float32_matmul_precision('high')       # TF32 on CUDA for what stays float32
+    name = torch.cuda.get_device_name() if c.device == 'cuda' else f'{torch.get_num_threads()} threads'
+    print(f'device {c.device} ({name}), {c.dtype}, {"compiled" if c.compile else "eager"}, torch {torch.__version__}')
+    return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == 'bfloat16')
+
+
+def native_bf16():
+    """Whether this CPU multiplies bfloat16 by itself; where it does not, bfloat16 is slower than float32."""
+    has = torch.cpu.get_capabilities()
+    return has.get('avx512_bf16', False) or has.get('amx_bf16', False) or has.get('bf16', False)
+
+
+def compile_model(model):
+    """Compiles block by block and in place: blocks share their graphs, so growing costs nothing, and state-dict keys stay."""
+    torch._dynamo.config.recompile_limit = 64        # frozen or not, with gradient or not, several lengths: more than 8
+    torch._dynamo.config.fail_on_recompile_limit_hit = True                          # never fall back to eager in silence
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.head_loss = torch.compile(head_loss, dynamic=False)
+
+
+def make_optimizer(model, c):
+    """AdamW over exactly the trainable parameters; a fresh one for every phase, since a frozen tensor that stays in an optimiser
+    still moves by weight decay and momentum."""
+    head, matrices, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (head if name.startswith('head') else matrices if p.dim() == 2 and name != 'interface.table' else vectors).append(p)
+    groups = [dict(params=matrices, lr=c.lr, weight_decay=c.weight_decay), dict(params=vectors, lr=c.lr), dict(params=head, lr=c.head_lr)]
+    for group in groups:
+        group['peak'] = group['lr']
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def lr_factor(c, step, steps):
+    """Linear warm-up, then a cosine from 1 to 0.1."""
+    if step < c.warmup:
+        return (step + 1) / (c.warmup + 1)
+    return 0.55 + 0.45 * math.cos(math.pi * (step - c.warmup) / max(1, steps - c.warmup))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: OUT/latest.pt holds all that a bit-exact resume needs, OUT/stage_K.pt a model
+
+
+def save(path, **content):
+    """torch.save, beside the target and renamed; a full disk leaves the old file in place."""
+    try:
+        with replacing(path) as beside:
+            torch.save(content, beside)
+    except RuntimeError as error:                    # what torch makes of a failed write
+        raise UserError(f'{path} could not be written ({str(error).splitlines()[0]}): is the disk full? The last good file is still in place') from None
+
+
+def load(path):
+    """Reads a checkpoint: tensors and plain values only, never code. Raises UserError naming the file that cannot be read."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'{path} does not exist: --out must name the folder of a run') from None
+    except Exception as error:
+        raise UserError(f'{path} is damaged or not a checkpoint of grow.py ({type(error).__name__}): restore it, or start a new run') from None
+
+
+def restore(ckpt):
+    """Checkpoint -> its model, with as many blocks as it had, its own interface table, and everything frozen."""
+    c = Config(**ckpt['config'])
+    interface = Substrate(c.substrate, c.d_model, fingerprint=ckpt['interface'])
+    model = GrowingTransformer(c, interface)
+    model.append(ckpt['depth'])
+    model.load_state_dict(ckpt['model'])
+    return model.requires_grad_(False)
+
+
+def load_model(path, device='cpu'):
+    """A run's folder (its latest state) or a checkpoint file -> the model in eval mode, float32."""
+    path = Path(path)
+    return restore(load(path / 'latest.pt' if path.is_dir() or not path.suffix else path)).to(device).eval()
+
+
+def open_out(c):
+    """The run's folder, locked for this process. Refuses one that another process writes to."""
+    import fcntl                                     # Linux and macOS
+    c.out = c.out or newest_out() if c.resume else c.out or f'out/{1 + max(numbered_outs(), default=0):03d}'
+    out = Path(c.out)
+    if c.resume and not out.is_dir():
+        raise UserError(f'--resume: there is no folder {out}')
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / 'lock', 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f'another process is writing to {out}: wait for it, or choose another --out') from None
+    if (out / 'latest.pt').exists() and not c.resume:
+        raise UserError(f'{out} holds a run already: go on with it by --resume, or choose another --out')
+    return out, lock                                 # the lock lasts as long as the file object
+
+
+def numbered_outs():
+    return [int(p.name) for p in Path('out').glob('*') if p.name.isdigit()]
+
+
+def newest_out():
+    """The folder in out/ with the newest checkpoint."""
+    runs = sorted(Path('out').glob('*/latest.pt'), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UserError('there is no run in out/ yet: train one with `python grow.py`, or name one with --out')
+    return str(runs[-1].parent)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and sampling
+
+
+@torch.no_grad()
+def evaluate(model, dataset, c, amp):
+    """Mean loss in nats over the first c.eval_tokens of the val split: fixed sequences, fixed order. The last batch is filled up with
+    targets that do not count, so that every batch has one shape."""
+    total = tokens = 0
+    for idx, targets in prepare_data.val_batches(dataset, c.context, c.micro_batch, c.eval_tokens):
+        missing = c.micro_batch - len(idx)
+        idx, targets = F.pad(idx, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=-100)
+        with amp:
+            loss = model(idx.to(c.device), targets.to(c.device))[1]
+        tokens += (valid := (targets != -100).sum().item())
+        total += loss.item() * valid
+    return total / tokens
+
+
+@torch.no_grad()
+def sample(model, text, c, amp):
+    """Continues `text` by up to c.length tokens drawn at c.temperature among the c.top_k likeliest; ends at </s>. -> the continuation."""
+    encoding, device = tokenizer(), model.head.weight.device
+    generator = torch.Generator().manual_seed(c.seed)
+    ids = encoding.encode_ordinary(text) or [EOS]
+    start = len(ids)
+    with torch.compiler.set_stance('force_eager'):   # every length would be a new graph
+        while len(ids) - start < c.length:
+            with amp:
+                h = model.hidden(torch.tensor([ids[-model.config.context:]], device=device))
+                logits = model.head(h[:, -1]).float().cpu()                                               # 1, V
+            values, tokens = (logits / c.temperature).topk(c.top_k)
+            ids.append(tokens[0, torch.multinomial(values.softmax(-1), 1, generator=generator)].item())
+            if ids[-1] == EOS:
+                break
+    return encoding.decode(ids[start:], errors='replace')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+PROMPT = 'The default value is'
+COLUMNS = 'phase stage step tokens seconds train_loss val_loss lr active_params total_params tokens_per_s'.split()
+LOG_EVERY = 10   # steps
+
+
+def train_step(model, optimizer, batches, step, c, amp):
+    """One optimiser step on global batch number `step`. Returns (loss, gradient norm); a loss or norm that is not finite changes nothing."""
+    idx, targets = (x.to(c.device, non_blocking=True) for x in batches.batch(step))
+    micro_batches, loss = len(idx) // c.micro_batch, 0.0
+    for x, t in zip(idx.split(c.micro_batch), targets.split(c.micro_batch)):
+        with amp:
+            part = model(x, t)[1] / micro_batches
+        part.backward()
+        loss += part.detach()
+    trainable = [p for group in optimizer.param_groups for p in group['params']]
+    norm = torch.nn.utils.clip_grad_norm_(trainable, c.clip)
+    loss, norm = loss.item(), norm.item()
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def machine(c):
+    """What a trajectory depends on besides config and data. A resumed run says so when it differs."""
+    return dict(torch=torch.__version__, threads=torch.get_num_threads(), device=c.device, dtype=c.dtype, compile=c.compile)
+
+
+def resumed_config(c, given, ckpt, path):
+    """The config in the checkpoint, with what the flags may change. Other flags must agree with it."""
+    stored = Config(**ckpt['config'])
+    for name in given.keys() - RUNTIME:
+        if given[name] != getattr(stored, name):
+            raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
+    return dataclasses.replace(stored, **{name: getattr(c, name) for name in RUNTIME & given.keys() | {'out', 'resume', 'save_every'}})
+
+
+def open_data(c):
+    """The data set to train on. The standard library's text is prepared on the spot: every machine has it."""
+    if c.data == 'stdlib' and not Path('data/stdlib').exists():
+        print('no data yet: preparing the text of the Python standard library')
+        prepare_data.prepare_stdlib()
+    return prepare_data.Dataset(c.data)
+
+
+def train(c, given):
+    """The main job: grows a model phase by phase, or goes on where OUT/latest.pt stands. -> the folder of the run."""
+    out, lock = open_out(c)
+    ckpt = load(out / 'latest.pt') if c.resume and (out / 'latest.pt').exists() else None
+    c = resumed_config(c, given, ckpt, out) if ckpt else c
+    amp = set_up(c)
+    plan = phases(c)
+    at = ckpt['at'] if ckpt else dict(phase=0, step=0, global_step=0, seconds=0.0, log_bytes=0, history=[])
+    if at['phase'] == len(plan):
+        print(f'the run in {out} is finished: see --sample, or choose another --out')
+        return out
+    dataset = open_data(c)
+    batches = prepare_data.Batches([dataset], [1], c.seed, c.batch_tokens // c.context, c.context)
+    if ckpt:
+        if ckpt['data'] != dataset.fingerprint:
+            raise UserError(f'data/{c.data} is not the data that the run in {out} was trained on: prepare the same again, or start a new run')
+        if ckpt['machine'] != machine(c):
+            print(f'note: the run began on {ckpt["machine"]}; here it is {machine(c)}: it goes on, but not to the same bits')
+        print(f'resuming {out} at phase {at["phase"] + 1} of {len(plan)}, step {at["step"]}')
+    model = restore(ckpt).to(c.device) if ckpt else new_model(c, batches)
+    log = open(out / 'log.csv', 'a')
+    log.truncate(at['log_bytes'])                     # rows after the checkpoint are about to be written again
+    if not at['log_bytes']:
+        log.write(','.join(COLUMNS) + '\n')
+
+    def log_row(**row):
+        log.write(','.join(str(row.get(column, '')) for column in COLUMNS) + '\n')
+
+    def save_as(name, **more):
+        log.flush()
+        at['log_bytes'] = log.tell()
+        save(out / name, config=dataclasses.asdict(c), depth=len(model.blocks), interface=model.interface.fingerprint, machine=machine(c),
+             tokenizer=tokenizer_fingerprint(), data=dataset.fingerprint, model=model.state_dict(), at=at, **more)
+
+    stop = []                                         # Ctrl-C waits for the end of the step: none is cut in half
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    if not ckpt:
+        save_as('latest.pt', optimizer=None)
+    while at['phase'] < len(plan):
+        # ---- enter the phase: new blocks, what is frozen, a fresh optimiser
+        phase = plan[at['phase']]
+        enter(model, phase)
+        if c.compile:
+            compile_model(model)
+        optimizer = make_optimizer(model, c)
+        if at['step']:
+            optimizer.load_state_dict(ckpt['optimizer'])
+        sizes = dict(active_params=count(model.parameters(), active=True), total_params=count(model.parameters()))
+        print(f'stage {phase.stage}: {phase.depth} blocks, {phase.depth - phase.trained} of them frozen; {sizes["active_params"]:,} of '
+              f'{sizes["total_params"]:,} parameters are active; {phase.steps * c.batch_tokens:,} tokens')
+
+        # ---- its steps
+        model.train()
+        left = sum(p.steps for p in plan[at['phase']:]) - at['step']
+        clock = saved = time.monotonic()
+        seconds, logged = at['seconds'], at['step']
+        while at['step'] < phase.steps:
+            for group in optimizer.param_groups:
+                group['lr'] = group['peak'] * lr_factor(c, at['step'], phase.steps)
+            loss, norm = train_step(model, optimizer, batches, at['global_step'], c, amp)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise UserError(f'loss {loss}, gradient norm {norm} at stage {phase.stage}, step {at["step"] + 1}: not finite, so nothing was updated; '
+                                f'{out}/latest.pt holds the last good state; start again with a lower --lr')
+            at.update(step=at['step'] + 1, global_step=at['global_step'] + 1, seconds=at['seconds'] + time.monotonic() - clock)
+            left -= 1
+            if at['step'] % LOG_EVERY == 0 or at['step'] == phase.steps:
+                speed = (at['step'] - logged) * c.batch_tokens / (at['seconds'] - seconds)
+                seconds, logged, lr = at['seconds'], at['step'], optimizer.param_groups[0]['lr']
+                log_row(phase=phase.kind, stage=phase.stage, step=at['step'], tokens=at['global_step'] * c.batch_tokens, seconds=f'{seconds:.1f}',
+                        train_loss=f'{loss:.5f}', lr=f'{lr:.3e}', tokens_per_s=f'{speed:.0f}', **sizes)
+                print(f'stage {phase.stage} | step {at["step"]:5d}/{phase.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.3f} | '
+                      f'{speed:9,.0f} tok/s | {clock_time(left * c.batch_tokens / speed)} left', flush=True)
+            if stop or time.monotonic() - saved > 60 * c.save_every:
+                save_as('latest.pt', optimizer=optimizer.state_dict())
+                saved = time.monotonic()
+                if stop:
+                    print(f'stopped: go on with --resume --out {out}')
+                    raise KeyboardInterrupt
+            clock = time.monotonic()                  # checkpoints and evaluation do not count
+
+        # ---- its result
+        model.eval()
+        val_loss = evaluate(model, dataset, c, amp)
+        log_row(phase=phase.kind, stage=phase.stage, step=at['step'], tokens=at['global_step'] * c.batch_tokens, seconds=f'{at["seconds"]:.1f}',
+                val_loss=f'{val_loss:.5f}', **sizes)
+        at['history'].append(dict(stage=phase.stage, layers=phase.depth, **sizes, tokens=at['global_step'] * c.batch_tokens, val_loss=val_loss,
+                                  perplexity=math.exp(val_loss), bits_per_byte=bits_per_byte(val_loss, dataset), tokens_per_s=round(speed)))
+        print(f'stage {phase.stage}: val loss {val_loss:.4f}')
+        at.update(phase=at['phase'] + 1, step=0)
+        save_as(f'stage_{phase.stage}.pt')
+        save_as('latest.pt', optimizer=None)
+    report(model, at, dataset, batches, c, amp)
+    return out
+
+
+def bits_per_byte(nats_per_token, dataset):
+    return nats_per_token / math.log(2) / dataset.bytes_per_token
+
+
+def clock_time(seconds):
+    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
+
+
+def report(model, at, dataset, batches, c, amp):
+    """Prints the table of the stages, the n-gram baselines counted on the very tokens the run saw, peak memory, and a sample."""
+    print()
+    table(at['history'])
+    for name, loss in zip(('unigram', 'bigram'), prepare_data.ngram_losses(batches, at['global_step'], dataset, c.eval_tokens)):
+        print(f'{name}: {loss:.4f} nats, perplexity {math.exp(loss):.2f}, {bits_per_byte(loss, dataset):.3f} bits a byte')
+    print(f'peak memory {peak_memory(c.device) / 2**30:.2f} GiB, {clock_time(at["seconds"])} of training\n')
+    print(f'--- sample\n{PROMPT}{sample(model, PROMPT, c, amp)}')
+
+
+def peak_memory(device):
+    """Bytes: of the GPU's allocator, elsewhere of the whole process."""
+    if device == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    import resource                                  # Linux and macOS; kilobytes on the one, bytes on the other
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+
+
+@cli
+def main(argv=None):
+    c, given = configure(argv)
+    if c.plan:
+        print_plan(c)
+    elif c.sample is not None:
+        model = load_model(c.out or newest_out(), c.device)
+        print(c.sample + sample(model, c.sample, c, set_up(c)))
+    else:
+        if c.device == 'cpu':
+            print('no GPU: the laptop preset (' + ', '.join(f'{k} {getattr(c, k):g}' for k in PRESETS['laptop']) + ')')
+        out = train(c, given)
+        print(f'\nsaved in {out}; continue any text with: python grow.py --out {out} --sample "The default value"')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,445 @@
+"""Text to shards, and shards to batches.
+
+A data set is a folder data/NAME/ of token shards (train_000000.npy, val_000000.npy, ...: flat uint16 arrays, memory-mapped when read)
+and a meta.json. One token is one uint16, and every document is followed by the id of </s>.
+
+    python prepare_data.py stdlib                                   # the prose of Python's standard library: 3 MB, no download
+    python prepare_data.py files --name books PATH...               # your own .txt .md .py .jsonl files or folders, in UTF-8
+    python prepare_data.py files --name quotes --split-line % PATH  # one document between lines that say %
+    python prepare_data.py --check books                            # is every shard still what was written?
+
+The first half of this file writes; the second is what training reads with: `Dataset`, `Batches`, `val_batches`, and the n-gram baselines
+that a language model has to beat. There is no loader with hidden state: the batch of a step is a pure function of (seed, step).
+"""
+
+import argparse
+import ast
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import time
+import tokenize
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from substrate import EOS, VOCAB, Parser, UserError, cli, digest, replacing, tokenizer, tokenizer_fingerprint
+
+SHARD = 2**27              # tokens in a shard: 256 MB
+WHOLE = 64 * 2**10         # bytes: a text file of at most this size is one document ...
+PIECE = 16 * 2**10         # ... and a longer one is cut at the first line end after each so many (ours)
+LONGEST = 32 * 2**20       # bytes: the longest document, which has to fit into memory
+VAL_ONE_IN = 50            # one document in so many is held out: 2%
+SMALLEST = 1_025           # tokens that a split needs: one sequence at the paper's context of 1,024, and the target of its last token
+COUNTED = 20_000_000       # tokens that the n-gram baselines count, which still fit into memory
+ENDINGS = ('.jsonl', '.md', '.py', '.txt')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents of the standard library, text that every Python brings along. Docstrings, comments and help topics are prose;
+# the code between them would mostly teach a small model indentation. Python 3.11 gives 656 documents, 2.9 MB, 1.7 M tokens, in 5 s.
+
+def normalised(text):
+    """Tabs to four spaces, no blanks at line ends, rulers (----- ===== ~~~~~) cut to three characters, no interactive examples (>>>)."""
+    text = text.encode(errors='replace').decode()      # a docstring may hold half a surrogate pair, which is no character
+    text = re.sub(r' +$', '', text.replace('\t', '    '), flags=re.MULTILINE)
+    text = '\n\n'.join(paragraph for paragraph in text.split('\n\n') if '>>>' not in paragraph)
+    return re.sub(r'([^a-zA-Z0-9\s])\1{3,}', r'\1\1\1', text).strip('\n')
+
+
+def prose(source):
+    """The docstrings of a module and its comment blocks (runs of full-line comments), in source order."""
+    pieces, blocks, previous = [], [], None
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+            pieces.append((node.body[0].lineno, normalised(ast.get_docstring(node))))     # get_docstring takes the indentation away
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith('#'):
+            line, column = token.start
+            if previous != (line - 1, column):
+                blocks.append((line, []))
+            blocks[-1][1].append(token.string.lstrip('#').removeprefix(' '))
+            previous = line, column
+    for line, comments in blocks:
+        text = normalised('\n'.join(comments))
+        if len(text) >= 60 and sum(c.isalpha() or c.isspace() for c in text) >= 0.75 * len(text):     # tables and old code fall out
+            pieces.append((line, text))
+    return [text for _, text in sorted(pieces)]
+
+
+def stdlib_documents():
+    """Yields one document a module, then one a topic of Python's `help()`."""
+    from pydoc_data.topics import topics
+    library = Path(sysconfig.get_path('stdlib'))
+    left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', '__pycache__'}
+    seen = set()                                       # licences and inherited docstrings come again and again: the first one stays
+    for path in sorted(library.rglob('*.py')):
+        if left_out.isdisjoint(path.relative_to(library).parts):
+            try:
+                with tokenize.open(path) as f:         # knows about coding lines
+                    pieces = prose(f.read())
+            except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):     # some are broken on purpose
+                continue
+            yield '\n\n'.join(piece for piece in pieces if not (piece in seen or seen.add(piece)))
+    for key in sorted(topics):
+        yield normalised(topics[key])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents of text files, read line by line: a file may be larger than the memory
+
+def numbered_lines(f):
+    return enumerate(iter(lambda: f.readline(LONGEST + 1), b''), start=1)
+
+
+def decoded(raw, path, first_line):
+    try:
+        return raw.decode('utf-8-sig')                 # -sig: without the mark that some editors put before UTF-8
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b'\n', 0, error.start)
+        raise UserError(f'{path}, line {line}: not UTF-8; convert the file first, for example with iconv -t utf-8') from None
+
+
+def text_documents(path, split_line=None):
+    """Yields what stands between lines equal to `split_line`; without it the whole file, or pieces of a long one."""
+    room = PIECE if split_line is None and path.stat().st_size > WHOLE else LONGEST
+    held, size, first = [], 0, 1
+    with open(path, 'rb') as f:
+        for number, line in numbered_lines(f):
+            ends = split_line is not None and line.rstrip(b'\r\n') == split_line.encode()
+            if not ends:
+                held.append(line)
+                size += len(line)
+            if size > LONGEST:
+                raise UserError(f'{path}, line {first}: a document of over {LONGEST >> 20} MiB starts here; break its lines or --split-line it')
+            if ends or size >= room:
+                yield decoded(b''.join(held), path, first)
+                held, size, first = [], 0, number + 1
+    yield decoded(b''.join(held), path, first)
+
+
+def jsonl_documents(path):
+    """Yields the "text" of each row."""
+    with open(path, 'rb') as f:
+        for number, line in numbered_lines(f):
+            if len(line) > LONGEST:
+                raise UserError(f'{path}, line {number}: a row of over {LONGEST >> 20} MiB; split it')
+            row = decoded(line, path, number)
+            if row.strip():
+                try:
+                    text = json.loads(row)['text']
+                    text.encode()                      # JSON can spell half a surrogate pair (\ud83d), which is no character
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise UserError(f'{path}, line {number}: not a JSON object with a "text" of valid Unicode; mend or remove it') from None
+                yield text
+
+
+def file_documents(paths, split_line=None):
+    """The documents of files, whatever their ending, and of folders, recursively by ENDINGS and sorted."""
+    files = []
+    for path in map(Path, paths):
+        found = [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.suffix in ENDINGS and p.is_file())
+        if not found:
+            raise UserError(f'{path} is neither a file nor a folder with {" ".join(ENDINGS)} files in it; give the path of some text')
+        files += found
+    return (text for path in files for text in (jsonl_documents(path) if path.suffix == '.jsonl' else text_documents(path, split_line)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing shards
+
+def sha256_of(path):
+    sha = hashlib.sha256()
+    with open(path, 'rb') as f:
+        for block in iter(lambda: f.read(2**20), b''):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+class ShardWriter:
+    """Appends documents to {split}_000000.npy, {split}_000001.npy, ... and counts them; a document may go on in the next shard."""
+
+    def __init__(self, folder, split):
+        self.folder, self.split, self.shards = folder, split, {}
+        self.documents = self.tokens = self.bytes = self.filled = 0
+        self.buffer = np.empty(SHARD, np.uint16)       # costs memory only as it fills
+
+    def add(self, ids, n_bytes):
+        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + len(ids), self.bytes + n_bytes
+        while len(ids):
+            part = ids[:SHARD - self.filled]
+            self.buffer[self.filled:self.filled + len(part)] = part
+            self.filled, ids = self.filled + len(part), ids[len(part):]
+            if self.filled == SHARD:
+                self.flush()
+
+    def flush(self):
+        if self.filled:
+            target = self.folder / f'{self.split}_{len(self.shards):06d}.npy'
+            with replacing(target) as path, open(path, 'wb') as f:
+                np.save(f, self.buffer[:self.filled])
+            self.shards[target.name] = {'tokens': self.filled, 'sha256': sha256_of(target)}
+            self.filled = 0
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yields an empty folder beside `folder` that becomes it in the end: a data set is whole or absent."""
+    beside = folder.with_name(f'.{folder.name}.tmp')
+    beside.mkdir(parents=True, exist_ok=True)
+    lock = os.open(beside, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f'another process is preparing {folder}; wait until it is done') from None
+    try:
+        for path in beside.iterdir():                  # left by somebody killed, who lost the lock with his life
+            path.unlink()
+        yield beside
+        os.rename(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        os.close(lock)
+
+
+def prepare(name, documents, source, root='data'):
+    """Writes the data set root/name from an iterable of strings; returns its meta, a dict. `source` says where the text is from."""
+    folder, encoding, start = Path(root) / name, tokenizer(), time.time()
+    if not re.fullmatch(r'\w[\w.-]*', name):
+        raise UserError(f'{name!r} does not name a folder; use letters, digits, - and _ for --name')
+    if folder.exists():
+        raise UserError(f'{folder} exists already; remove it, or choose another --name')
+    with new_folder(folder) as beside:
+        train, val, shown = ShardWriter(beside, 'train'), ShardWriter(beside, 'val'), start
+        for text in documents:
+            if text.strip():
+                raw = text.encode()
+                # Its hash alone decides whether a document is held out, so copies of it never stand on both sides.
+                split = val if int.from_bytes(hashlib.sha256(raw).digest()[:8], 'big') % VAL_ONE_IN == 0 else train
+                ids = encoding.encode_to_numpy(text, disallowed_special=())    # (): a text that says </s> says four characters
+                split.add(np.append(ids, EOS), len(raw))
+            if time.time() > shown + 0.5:
+                shown, megabytes = time.time(), (train.bytes + val.bytes) / 1e6
+                print(f'\r{name}: {megabytes:,.1f} MB of text, {megabytes / (shown - start):.1f} MB/s  ', end='', file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        train.flush()
+        val.flush()
+        if min(train.tokens, val.tokens) < SMALLEST:
+            raise UserError(f'{train.documents + val.documents} documents give {train.tokens:,} training and {val.tokens:,} validation tokens, '
+                            f'each needs {SMALLEST:,}, and one document in {VAL_ONE_IN} is held out; give more text, or cut it with --split-line')
+        meta = dict(source=source, tokenizer=tokenizer_fingerprint(), python=platform.python_version(), documents=train.documents + val.documents,
+                    train_tokens=train.tokens, val_tokens=val.tokens, train_bytes=train.bytes, val_bytes=val.bytes,
+                    shards=train.shards | val.shards)
+        with replacing(beside / 'meta.json') as path:
+            path.write_text(json.dumps(meta, indent=1))
+    print(f'{folder}: {meta["documents"]:,} documents, {(train.bytes + val.bytes) / 1e6:.1f} MB of text, {train.tokens:,} training and '
+          f'{val.tokens:,} validation tokens, {time.time() - start:.0f} s')
+    return meta
+
+
+def prepare_stdlib(root='data'):
+    return prepare('stdlib', stdlib_documents(), f'docstrings, comments and help topics of Python {platform.python_version()}', root)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a data set
+
+def read_meta(folder):
+    try:
+        meta = json.loads((folder / 'meta.json').read_text())
+        if not meta['val_bytes'] or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
+            raise ValueError
+        return meta
+    except (FileNotFoundError, NotADirectoryError):
+        command = 'stdlib' if folder.name == 'stdlib' else f'files --name {folder.name} PATH...'
+        raise UserError(f'there is no data set {folder}; make it with: python prepare_data.py {command}') from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{folder / "meta.json"} is broken; remove {folder} and prepare it again') from None
+
+
+def open_shard(path, tokens):
+    """A shard, memory-mapped. Only its size is looked at here; `check` reads every byte."""
+    try:
+        shard = np.lib.format.open_memmap(path, mode='r')
+        if shard.dtype != np.uint16 or shard.shape != (tokens,) or path.stat().st_size != shard.offset + 2 * tokens:
+            raise ValueError
+        return shard
+    except (ValueError, EOFError, FileNotFoundError):
+        raise UserError(f'{path} is missing, cut short or not what meta.json describes; remove {path.parent} and prepare it again') from None
+
+
+def check(name, root='data'):
+    """Compares every shard with its sha256 in meta.json."""
+    folder = Path(root) / name
+    shards = read_meta(folder)['shards']
+    bad = [file for file, shard in shards.items() if not (folder / file).is_file() or sha256_of(folder / file) != shard['sha256']]
+    if bad:
+        raise UserError(f'damaged or missing in {folder}: {", ".join(bad)}; remove the folder and prepare it again')
+    print(f'{folder}: all {len(shards)} shards are as they were written')
+
+
+class Dataset:
+    """A prepared data set: `name`, a folder of `root`, or the path of one.
+
+    `train` and `val` are lists of memory-mapped uint16 arrays, `train_tokens` and `val_tokens` their lengths together, `bytes_per_token` the
+    UTF-8 bytes of text behind a validation token (nats a token / ln 2 / bytes_per_token = bits per byte), `fingerprint` stands for the
+    content of all shards, `meta` is all of meta.json."""
+
+    def __init__(self, name, root='data'):
+        folder = Path(name) if os.sep in str(name) else Path(root) / name
+        self.name, self.meta = folder.name, read_meta(folder)
+        if self.meta.get('tokenizer') != tokenizer_fingerprint():
+            raise UserError(f'{folder} was made with another tokenizer; remove it and prepare it again')
+        self.fingerprint = digest(*(shard['sha256'] for shard in self.meta['shards'].values()))
+        opened = {file: open_shard(folder / file, shard['tokens']) for file, shard in sorted(self.meta['shards'].items())}
+        self.train, self.val = ([shard for file, shard in opened.items() if file.startswith(split)] for split in ('train_', 'val_'))
+        self.train_tokens, self.val_tokens = (sum(map(len, split)) for split in (self.train, self.val))
+        self.bytes_per_token = self.meta['val_bytes'] / self.val_tokens
+
+
+class Sequences:
+    """One split as a list of sequences: context + 1 tokens, one every `context` tokens, none across two shards. So every token but a
+    shard's first is a target once; a shard's tail shorter than a context is dropped."""
+
+    def __init__(self, dataset, split, context):
+        self.shards, self.context = getattr(dataset, split), context
+        self.starts = np.cumsum([0] + [(len(shard) - 1) // context for shard in self.shards])
+        if not len(self):
+            raise UserError(f'the {split} split of {dataset.name} has no {context + 1:,} tokens in a row; choose a smaller --context or more text')
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, i):
+        shard = np.searchsorted(self.starts, i, side='right') - 1
+        first = (i - self.starts[shard]) * self.context
+        return self.shards[shard][first:first + self.context + 1]
+
+
+def inputs_and_targets(sequences):
+    tokens = np.stack(sequences)                                               # B, T + 1
+    return tuple(torch.from_numpy(part.astype(np.int64)) for part in (tokens[:, :-1], tokens[:, 1:]))
+
+
+class Batches:
+    """The training batches of a run, a pure function of (seed, step).
+
+    Sequence i of the run, i = step * rows + row, is from data set pattern[i % len(pattern)], in which each stands as often as its integer
+    weight says; there it is number k of epoch e, and every epoch is a permutation of its own: no sequence comes twice in one."""
+
+    def __init__(self, datasets, weights, seed, rows, context):
+        self.datasets, self.weights, self.seed, self.rows, self.context = datasets, weights, seed, rows, context
+        self.sequences = [Sequences(dataset, 'train', context) for dataset in datasets]
+        self.pattern = np.repeat(np.arange(len(datasets)), weights)            # weights 3 and 1: 0 0 0 1
+        self.orders = [(None, None)] * len(datasets)                           # current epoch and its permutation: a cache, no state
+
+    def batch(self, step, rows=slice(None)):
+        """(inputs, targets), int64 tensors (rows, context). Rank r of W takes rows=slice(r, None, W) of the same global batch."""
+        return inputs_and_targets([self._sequence(int(i)) for i in np.arange(step * self.rows, (step + 1) * self.rows)[rows]])
+
+    def _sequence(self, i):
+        turn, place = divmod(i, len(self.pattern))
+        d = self.pattern[place]
+        own = turn * self.weights[d] + place - sum(self.weights[:d])           # how many of d came before, in closed form
+        epoch, k = divmod(own, len(self.sequences[d]))
+        if self.orders[d][0] != epoch:
+            self.orders[d] = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.sequences[d]))
+        return self.sequences[d][self.orders[d][1][k]]
+
+
+def val_batches(dataset, context, rows, limit=None):
+    """The validation split in fixed order, all of it or its first `limit` tokens, in whole sequences: an iterator of (inputs, targets),
+    int64 (rows, context). The last batch may have fewer rows; the tail of a shard, shorter than a context, is dropped."""
+    sequences = Sequences(dataset, 'val', context)
+    n = len(sequences) if limit is None else min(len(sequences), max(1, limit // context))
+    return (inputs_and_targets([sequences[i] for i in range(first, min(first + rows, n))]) for first in range(0, n, rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines: what counting alone achieves
+
+class NGrams:
+    """Unigram and bigram probabilities, both smoothed after Witten and Bell (1991).
+
+    h had T(h) kinds of successors in c(h) places, so the next one is new with probability T(h) / (c(h) + T(h)):
+    P(w|h) = (c(h,w) + T(h) P(w)) / (c(h) + T(h)). P(w) itself stands on the uniform distribution in the same way."""
+
+    def __init__(self, before, after):
+        """`before`, `after`: two flat arrays of token ids, position by position."""
+        self.keys, self.counts = np.unique(before.astype(np.uint32) << 16 | after, return_counts=True)
+        seen = np.bincount(after, minlength=VOCAB)
+        kinds = np.count_nonzero(seen)
+        self.unigram = (seen + kinds / VOCAB) / (seen.sum() + kinds)           # V
+        self.total = np.bincount(before, minlength=VOCAB)                      # V: c(h)
+        self.kinds = np.bincount(self.keys >> 16, minlength=VOCAB)             # V: T(h)
+
+    def bigram(self, h, w):
+        """P(w|h) for two flat arrays of ids; after an unseen h it is P(w)."""
+        key = h.astype(np.uint32) << 16 | w.astype(np.uint32)
+        place = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
+        together = np.where(self.keys[place] == key, self.counts[place], 0)
+        kinds = np.maximum(self.kinds[h], 1)
+        return (together + kinds * self.unigram[w]) / (self.total[h] + kinds)
+
+
+def ngram_losses(batches, steps, dataset, limit=None):
+    """(unigram, bigram) cross-entropy in nats a token, on the positions that val_batches(dataset, batches.context, ..., limit) gives.
+
+    Counted on the first `steps` global batches, each position as often as the run saw it. Of a run longer than 20 M tokens only those
+    are counted, which makes its baselines a little too weak."""
+    enough = min(steps, -(-COUNTED // (batches.rows * batches.context)))
+    pairs = [[part.numpy().astype(np.uint16).ravel() for part in batches.batch(step)] for step in range(enough)]
+    ngrams = NGrams(*(np.concatenate(part)[:COUNTED] for part in zip(*pairs)))
+    nats, positions = np.zeros(2), 0
+    for inputs, targets in val_batches(dataset, batches.context, 64, limit):
+        h, w = inputs.numpy().ravel(), targets.numpy().ravel()
+        nats -= np.log(ngrams.unigram[w]).sum(), np.log(ngrams.bigram(h, w)).sum()
+        positions += len(w)
+    return tuple((nats / positions).tolist())
+
+
+def unigram_log_probs(batches):
+    """float32 tensor (65,536,): log frequencies of the training data, add-one smoothed, mixed by weight; of each data set the first shard's
+    first 20 M tokens are counted. A head born with this as its bias spends no steps on learning it (ours)."""
+    counts = [np.bincount(dataset.train[0][:COUNTED], minlength=VOCAB) + 1 for dataset in batches.datasets]
+    return torch.from_numpy(np.log(np.average([c / c.sum() for c in counts], axis=0, weights=batches.weights))).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@cli
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('corpus', nargs='?', choices=['stdlib', 'files'], help='what to prepare')
+    parser.add_argument('paths', nargs='*', metavar='PATH', help='for files: text files, or folders of them')
+    parser.add_argument('--name', help='for files: the data set becomes ROOT/NAME')
+    parser.add_argument('--split-line', metavar='TEXT', help='for files: a document ends at each line that is TEXT and nothing else')
+    parser.add_argument('--check', metavar='NAME', help='compare the shards of a data set with their checksums')
+    parser.add_argument('--root', default='data', help='folder of the data sets (%(default)s)')
+    args = parser.parse_intermixed_args(argv)
+    if bool(args.check) == bool(args.corpus):
+        parser.error('say what to prepare, stdlib or files, or give --check NAME')
+    if args.corpus == 'files' and not (args.paths and args.name):
+        parser.error('files needs --name NAME and at least one PATH')
+    if args.corpus != 'files' and (args.paths or args.name or args.split_line):
+        parser.error('only files takes PATH, --name and --split-line')
+    if args.check:
+        check(args.check, args.root)
+    elif args.corpus == 'stdlib':
+        prepare_stdlib(args.root)
+    else:
+        source = ' '.join(args.paths) + (f', split at {args.split_line}' if args.split_line else '')
+        prepare(args.name, file_documents(args.paths, args.split_line), source, args.root)
+
+
+if __name__ == '__main__':
+    main()

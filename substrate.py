@@ -1,0 +1,375 @@
+"""The token interface: what a token is, and the fixed vector by which every model here knows it.
+
+65,536 tokens (code points, frequent 2- and 3-grams, raw bytes), so that a token is exactly one uint16 and every text survives
+the round trip; and a table that gives each token d_model numbers. The table is never trained: it shows the token as drawn with
+GNU Unifont, or the 16 bits of its id, or noise. (The trained table of ordinary models is here too, as a control.)
+Not in here: text normalisation, learned merges, anything that grows.
+
+    python substrate.py                             # describe the interface
+    python substrate.py --count-ngrams              # rebuild interface/ngrams.txt (pip install wordfreq==3.1.1)
+    python substrate.py --draw /usr/share/fonts/opentype/unifont/unifont.otf      # rebuild interface/glyphs.npz
+"""
+
+import argparse
+import ast
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import sys
+import unicodedata
+from collections import Counter
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+VOCAB = 65_536                                        # so a token is exactly one uint16
+PAD, BOS, EOS, UNK = 0xE000, 0xE001, 0xE002, 0xE003   # <pad> <s> </s> <unk>
+
+HERE = Path(__file__).resolve().parent
+NGRAMS = HERE / 'interface' / 'ngrams.txt'            # the n-grams, one a line in id order
+GLYPHS = HERE / 'interface' / 'glyphs.npz'            # the picture of every token
+GLYPHS_SHA256 = '51e2320ad26ea467f2cd09ce7b64a3c9eb7cc4ae1f59ac5c3252520c0c0e8436'      # of its bits
+CACHE = HERE / 'data' / 'interface'                   # tables that take seconds to compute are kept here
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all the scripts share: errors that are one sentence, and files that are whole or absent
+
+class UserError(Exception):
+    """A mistake its user can mend. The message is one sentence that names the remedy; `cli` prints it without a traceback."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status                          # exit status: 2 where the command line itself is wrong
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that ends a wrong command line in one sentence."""
+
+    def error(self, message):
+        raise UserError(f'{message} (-h explains)', status=2)
+
+
+def cli(main):
+    """Wraps a script's main(argv=None): a UserError or OSError ends in one sentence on stderr and exit status 1 or 2, Ctrl-C in 130."""
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            message, status = str(error), error.status
+        except OSError as error:                      # disk full, no permission, ...
+            message, status = f'{error.strerror or error}: {error.filename or "while reading or writing"}', 1
+        except KeyboardInterrupt:
+            message, status = 'interrupted', 130
+        print(f'error: {message}' if status != 130 else message, file=sys.stderr)
+        sys.exit(status)
+    return run
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a path beside `path` to write to, then renames it to `path`: whoever is killed half-way leaves the old file whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        yield beside
+        with open(beside, 'rb') as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def digest(*parts):
+    """Sixteen hex digits that stand for `parts`, for file names and checkpoints."""
+    return hashlib.sha256('|'.join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def load_npz(path):
+    """The one array of an .npz file, or None if the file is absent or damaged (each member of a zip file has a checksum)."""
+    try:
+        with np.load(path) as file:
+            return file[file.files[0]]
+    except Exception:                                 # zipfile, zlib and numpy each have several ways to complain of a bad file
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vocabulary. Unicode has two holes below 65,536, surrogates and the private use area: all that is no character goes there
+
+SPECIALS = {PAD: '<pad>', BOS: '<s>', EOS: '</s>', UNK: '<unk>'}
+NAMED_IDS = range(0xE000, 0xE100)                     # 128 special tokens, 124 of them reserved; then the raw bytes 0x80-0xFF
+NGRAM_IDS = [*range(0xD800, 0xE000), *range(0xE100, 0xF900)]    # 8,192 places
+
+
+def id_order(gram):
+    return -len(gram), gram                           # longest first, then by code point
+
+
+def read_ngrams(ngram_file=NGRAMS):
+    """The 8,192 n-grams in id order, from a file with one a line, or from the Python literal published with the bvv241-2-3 tokenizer.
+    Raises UserError unless they are distinct, of 2 or 3 characters, and in order."""
+    try:
+        text = Path(ngram_file).read_text(encoding='utf-8')
+        grams = text.removesuffix('\n').split('\n')
+        if text.startswith('[{'):                     # the original: rankings by language, as ours before they were merged
+            grams = fill_places([[gram for gram, _ in top] for language in ast.literal_eval(text) for top in language['top_ngrams'].values()])
+    except Exception as error:                        # absent, not UTF-8, or a literal of another shape
+        raise UserError(f'cannot read the n-gram file {ngram_file} ({error}); restore it or name another') from None
+    if len(grams) != len(NGRAM_IDS) or grams != sorted(set(grams), key=id_order) or not {2, 3} >= set(map(len, grams)):
+        raise UserError(f'{ngram_file} must hold {len(NGRAM_IDS):,} distinct n-grams of 2 or 3 characters, one a line, longest first, '
+                        'then by code point; restore it or rebuild it with: python substrate.py --count-ngrams')
+    return grams
+
+
+def token_texts(ngram_file=NGRAMS):
+    """The text of every id, 65,536 strings. Special tokens and bytes have names: `</s>`, `<7F>` (reserved), `<80>` (a byte)."""
+    texts = [chr(i) for i in range(VOCAB)]            # every place in the two holes is overwritten now
+    for i, gram in zip(NGRAM_IDS, read_ngrams(ngram_file)):
+        texts[i] = gram
+    for i in NAMED_IDS:
+        texts[i] = SPECIALS.get(i, f'<{i & 0xFF:02X}>')
+    return texts
+
+
+@functools.lru_cache
+def tokenizer(ngram_file=NGRAMS):
+    """The tiktoken.Encoding: use `.encode_ordinary(text)` and `.decode(ids)`. The layout is that of bvv241-2-3 (arXiv 2507.04886);
+    the raw bytes, which make it lossless, are ours.
+
+    The regex is the tokenizer: it takes the longest n-gram that starts here, else one character, and finds it whole among the ranks.
+    Only characters above U+FFFF or in the private use area are not there: tiktoken spells them in bytes (no two of theirs make a
+    token, so nothing merges). No text encodes to a special token: `<s>` in a text is three characters. All ids decode, special
+    tokens to their names, bytes that are no UTF-8 to U+FFFD. A lone surrogate, which is no valid Unicode, is encoded as U+FFFD."""
+    texts = token_texts(ngram_file)
+    ranks = {text.encode(): i for i, text in enumerate(texts) if i not in NAMED_IDS[128:]}
+    ranks |= {bytes([i & 0xFF]): i for i in NAMED_IDS[128:]}
+    pattern = '|'.join(re.escape(texts[i]) for i in NGRAM_IDS) + '|(?s:.)'
+    return tiktoken.Encoding('bvv241-2-3-lossless', pat_str=pattern, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=VOCAB)
+
+
+def tokenizer_fingerprint(ngram_file=NGRAMS):
+    """Sixteen hex digits that change with the layout and with the n-grams, so with what ids mean."""
+    return digest('layout 1', *read_ngrams(ngram_file))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting the n-grams, once. 32 languages as in the original, but wordfreq lacks its sa (asked for it, it returns Hindi), la, hy,
+# az and ka: bg, ca, ro, ta and uk stand in. The original stops at rank 338 of each list; ours overlap less and stop at 228
+
+LATIN = 'ca cs da de en es fi fr hu id it nb nl pl pt ro sv tr vi'.split()
+OTHERS = 'ar bg bn el fa he hi ja ko ru ta uk zh'.split()
+
+
+def rank_ngrams(language):
+    """Two lists, the 2-grams and the 3-grams inside the words of `language`, most frequent first."""
+    try:
+        from wordfreq import get_frequency_dict
+    except ImportError:
+        raise UserError('counting n-grams needs word lists: pip install wordfreq==3.1.1') from None
+    counts = {2: Counter(), 3: Counter()}
+    for word, frequency in get_frequency_dict(language, wordlist='small').items():
+        word = re.sub('σ$', 'ς', word)                # the lists are case-folded, which loses the Greek final sigma
+        for n, count in counts.items():
+            for i in range(len(word) - n + 1):
+                count[word[i:i + n]] += round(frequency * 1e9)      # whole numbers: the same sums everywhere
+
+    def wanted(gram):                                 # letters and combining marks, no Latin ones from languages written otherwise
+        return all(unicodedata.category(c)[0] in 'LM' and (language in LATIN or not c.isascii()) for c in gram)
+    return [sorted(filter(wanted, count), key=lambda gram: (-count[gram], gram)) for count in counts.values()]
+
+
+def fill_places(rankings):
+    """The first of every ranking, then the second of every ranking, ... until all places are taken; in id order."""
+    grams = dict.fromkeys(chain.from_iterable(zip_longest(*rankings)))
+    grams.pop(None, None)                             # stands where a ranking has ended
+    return sorted(islice(grams, len(NGRAM_IDS)), key=id_order)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing the tokens, once: no one needs the font to train
+
+CELL = 32                                             # Unifont is designed on 16 pixels: each of them is exactly four here
+
+
+def draw_tokens(font_file):
+    """The picture of every token, (65536, 128) uint8, 1,024 bits packed. Several characters stand side by side, squeezed to one cell: a
+    pixel is on if at least half of what it covers is. Recipe of arXiv 2507.04886 less its noise, but control characters are drawn as
+    their control pictures (our choice), or a line end would be as blank as a space. Raises UserError if the font cannot be read."""
+    try:
+        font = ImageFont.truetype(font_file, CELL, layout_engine=ImageFont.Layout.BASIC)      # the other engine fails on some code points
+    except OSError as error:
+        raise UserError(f'cannot read the font {font_file} ({error}); Debian has it in the package fonts-unifont') from None
+
+    @functools.cache
+    def cell(character):                              # centred by its bounding box: at the origin, combining marks would fall outside
+        image = Image.new('1', (CELL, CELL))
+        left, top, right, bottom = font.getbbox(character, mode='1')
+        ImageDraw.Draw(image).text(((CELL - left - right) // 2, (CELL - top - bottom) // 2), character, fill=1, font=font)
+        return np.array(image)
+
+    texts = token_texts()
+    texts[:0x20], texts[0x7F] = map(chr, range(0x2400, 0x2420)), '\u2421'
+    pictures = np.empty((VOCAB, CELL, CELL), bool)
+    for i, text in enumerate(texts):
+        row = np.concatenate([cell(character) for character in text], axis=1)     # 32, 32 * len(text)
+        pictures[i] = 2 * row.reshape(CELL, CELL, -1).sum(2) >= len(text)
+    return np.packbits(pictures.reshape(VOCAB, -1), axis=1)
+
+
+def glyphs():
+    """The picture of every token, (65536, 1024) uint8 of 0 and 1. Raises UserError if the file is damaged."""
+    packed = load_npz(GLYPHS)
+    if packed is None or hashlib.sha256(packed.tobytes()).hexdigest() != GLYPHS_SHA256:
+        raise UserError(f'{GLYPHS} is damaged, or not the table of GLYPHS_SHA256; restore it or rebuild it with: python substrate.py --draw FONT')
+    return np.unpackbits(packed, axis=1)
+
+
+def lookalikes(bits):
+    """How many tokens look exactly like some other one."""
+    counts = Counter(row.tobytes() for row in np.packbits(bits, axis=1))
+    return sum(count for count in counts.values() if count > 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+
+RANDOM_SEED = 250707129                               # of its own: --seed must not change the interface
+RECIPES = {                                           # whatever changes a table must change its recipe
+    'unicode': f'pictures, principal components 1, {GLYPHS_SHA256}',
+    'binary': 'bits of the id 1',
+    'random': f'normal, PCG64 of {RANDOM_SEED}',
+    'learned': 'normal 0.02',
+}
+CODE_BITS = 16
+
+
+class Substrate(nn.Module):
+    """Gives tokens their vectors: (B, T) int64 -> (B, T, d_model). Built unfilled (on the meta device too): `substrate` fills it, or a checkpoint.
+
+    Attributes: name, d_model, fingerprint; table, an nn.Parameter of float32, (65536, d_model) or for 'binary' (65536, 16), which
+    takes gradients for 'learned' alone. Raises UserError for an unknown name, and for 'binary' if 16 does not divide d_model."""
+
+    def __init__(self, name, d_model, fingerprint=''):
+        super().__init__()
+        self.name, self.d_model, self.fingerprint = str(name), d_model, fingerprint
+        if self.name not in RECIPES and not self.name.endswith(('.npy', '.pt')):
+            raise UserError(f'there is no substrate {self.name!r}: choose {", ".join(RECIPES)}, or a file that ends in .npy or .pt')
+        if self.name == 'binary' and d_model % CODE_BITS:
+            raise UserError(f'the binary substrate needs a d_model that is a multiple of {CODE_BITS}, not {d_model}')
+        width = CODE_BITS if self.name == 'binary' else d_model
+        self.table = nn.Parameter(torch.empty(VOCAB, width, dtype=torch.float32), requires_grad=self.name == 'learned')
+
+    def forward(self, idx):
+        x = F.embedding(idx, self.table).unsqueeze(-1)                                        # B, T, width, 1
+        return x.expand(*x.shape[:-1], self.d_model // x.shape[-2]).flatten(-2)               # each bit repeated; else as it is
+
+
+def substrate(name, d_model, seed=0):
+    """The filled Substrate `name`, one of RECIPES or the path of a .npy or .pt file; `seed` is for 'learned' alone. Its fingerprint stands
+    for the recipe (the bytes of the file), not for the floats, whose last bits differ between machines. Raises UserError as
+    Substrate does, or if the file does not fit."""
+    module = Substrate(name, d_model)
+    if name == 'unicode':
+        table = unicode_table(d_model)
+    elif name == 'binary':
+        table = np.arange(VOCAB)[:, None] >> np.arange(CODE_BITS)[::-1] & 1                   # most significant bit first
+    elif name == 'random':
+        noise = np.random.Generator(np.random.PCG64(RANDOM_SEED)).standard_normal((VOCAB, d_model), np.float32)
+        table = F.normalize(torch.from_numpy(noise))                                          # rows of length 1
+    elif name == 'learned':
+        table = torch.normal(0, 0.02, (VOCAB, d_model), generator=torch.Generator().manual_seed(seed))      # as in GPT-2
+    else:
+        table = read_table(name, d_model)
+    module.fingerprint = fingerprint(name, d_model)
+    with torch.no_grad():
+        module.table.copy_(torch.as_tensor(table))
+    return module
+
+
+def fingerprint(name, d_model):
+    """Sixteen hex digits; models fit together only if theirs are equal."""
+    return digest(name, RECIPES[name], d_model) if name in RECIPES else digest(hashlib.sha256(Path(name).read_bytes()).hexdigest())
+
+
+def unicode_table(d_model):
+    """The pictures on their first d_model principal components, then rows of length 1 (arXiv 2507.04886): (65536, d_model) float32.
+    Columns without variance are zero; 992 have some. Cached, since it takes seconds."""
+    path = CACHE / f'unicode_{fingerprint("unicode", d_model)}.npz'
+    if (table := load_npz(path)) is not None:
+        return table
+    x = glyphs().astype(np.float32)                   # V, 1024
+    mean = x.mean(0, dtype=np.float64)
+    together = (x.T @ x).astype(np.float64)           # how often two pixels are on at once: exact, since below 2^24
+    variances, axes = np.linalg.eigh(together / VOCAB - np.outer(mean, mean))                 # ascending
+    axes = axes[:, variances > 1e-9 * variances[-1]][:, ::-1][:, :d_model]                    # 1024, at most d_model
+    axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])                   # an axis has no sign: its largest entry gets +
+    table = np.zeros((VOCAB, d_model), np.float32)
+    for i in range(0, VOCAB, 4096):                   # in parts, since these products are float64
+        table[i:i + 4096, :axes.shape[1]] = F.normalize(torch.from_numpy((x[i:i + 4096] - mean) @ axes))
+    with replacing(path) as beside, open(beside, 'wb') as file:
+        np.savez(file, table)
+    return table
+
+
+def read_table(path, d_model):
+    """The matrix of a .npy file, or of a .pt file that holds a tensor or a dict with one matrix in it."""
+    try:
+        if str(path).endswith('.npy'):
+            saved = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:                        # numpy and torch raise a dozen kinds for a file that is none of theirs
+        reason = str(error).partition('\n')[0]
+        raise UserError(f'cannot read the substrate {path} ({reason}); save it with numpy.save, or torch.save as a tensor') from None
+    tensors = saved.values() if isinstance(saved, dict) else [saved]
+    matrices = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim() == 2]
+    if len(matrices) != 1 or matrices[0].shape != (VOCAB, d_model) or not matrices[0].is_floating_point():
+        found = ' and '.join(f'{len(m)} x {m.shape[1]} of {m.dtype}' for m in matrices) or 'none'
+        raise UserError(f'the substrate {path} must hold one matrix, {VOCAB} x {d_model} floats for d_model {d_model}; it holds {found}')
+    if not matrices[0].float().isfinite().all():
+        raise UserError(f'the substrate {path} holds numbers that are NaN or infinite in float32; mend them before saving it')
+    return matrices[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@cli
+def main(argv=None):
+    """Describes the interface, or rebuilds its files."""
+    parser = argparse.ArgumentParser(description='Describes the token interface, or rebuilds it.')
+    parser.add_argument('--count-ngrams', action='store_true', help='count the n-grams again and write interface/ngrams.txt')
+    parser.add_argument('--draw', metavar='FONT', help='draw the tokens again with GNU Unifont (.otf) and write interface/glyphs.npz')
+    args = parser.parse_args(argv)
+    if args.count_ngrams:
+        grams = fill_places([ranking for language in LATIN + OTHERS for ranking in rank_ngrams(language)])
+        with replacing(NGRAMS) as beside:
+            beside.write_bytes(''.join(gram + '\n' for gram in grams).encode())
+        print(f'wrote {NGRAMS}, tokenizer fingerprint {tokenizer_fingerprint()}; if that changed, draw the tokens again')
+    if args.draw:
+        packed = draw_tokens(args.draw)
+        with replacing(GLYPHS) as beside, open(beside, 'wb') as file:
+            np.savez_compressed(file, packed)
+        found = hashlib.sha256(packed.tobytes()).hexdigest()
+        print(f'wrote {GLYPHS}: ' + ('bit for bit as before' if found == GLYPHS_SHA256 else f'a new interface, set GLYPHS_SHA256 to {found}'))
+    if not (args.count_ngrams or args.draw):
+        scripts = Counter(re.split('[ -]', unicodedata.name(gram[0]))[0].capitalize() for gram in read_ngrams())
+        print(f'{VOCAB:,} tokens, fingerprint {tokenizer_fingerprint()}: {VOCAB - len(NGRAM_IDS) - len(NAMED_IDS):,} code points, '
+              f'{len(NGRAM_IDS):,} n-grams, 128 special tokens (124 reserved), 128 raw bytes')
+        print('n-grams: ' + ', '.join(f'{script} {count:,}' for script, count in scripts.most_common()))
+        print(f'glyphs: 1,024 bits a token; {lookalikes(glyphs()):,} tokens look exactly like another, as A does in Latin, Greek and Cyrillic')
+        print(f'substrates: {", ".join(RECIPES)}, or a .npy or .pt file')
+
+
+if __name__ == '__main__':
+    main()
