@@ -263,8 +263,9 @@ def enter(model, phase):
     """Appends the phase's new blocks and sets what trains: the topmost blocks, the final LayerNorm and the head; all else is
     frozen. A `learned` interface trains with the first stage (so all the time in a monolithic run), any other never."""
     model.append(phase.depth - len(model.blocks))
-    for k, block in enumerate(model.blocks):
-        block.requires_grad_(k >= phase.depth - phase.trained)
+    model.requires_grad_(False)
+    for part in (*model.blocks[phase.depth - phase.trained:], model.norm, model.head):
+        part.requires_grad_(True)
     model.interface.requires_grad_(model.interface.name == 'learned' and phase.stage == 1)
 
 
@@ -502,7 +503,7 @@ def train_step(model, optimizer, batches, step, c, amp):
 
 def machine(c):
     """What a trajectory depends on besides config and data. A resumed run says so when it differs."""
-    return dict(torch=torch.__version__, threads=torch.get_num_threads(), device=c.device, dtype=c.dtype, compile=c.compile)
+    return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=c.device, dtype=c.dtype, compile=c.compile)
 
 
 def resumed_config(c, given, ckpt, path):

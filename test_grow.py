@@ -1,0 +1,958 @@
+"""Tests of growing transformers: `pytest` runs all of them on a CPU in a few minutes; those marked cuda need a GPU."""
+
+import collections
+import json
+import math
+import os
+import random
+import signal
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import grow
+import prepare_data
+import substrate
+
+REPO = Path(__file__).parent
+UNIFONT = Path(os.environ.get('UNIFONT', '/usr/share/fonts/opentype/unifont/unifont.otf'))
+TINY = dict(layers=3, layers_per_stage=1, d_model=32, heads=2, context=16, substrate='binary', stage_tokens=640, batch_tokens=64, micro_batch=4,
+            lr=1e-2, head_lr=1e-2, eval_tokens=256, save_every=100, device='cpu', dtype='float32', compile=False, head_birth='random')
+PAPER = dict(d_model=1024, heads=32, context=1024)
+
+
+def config(**changes):
+    return grow.Config(**TINY | changes)
+
+
+def flags(**changes):
+    """A command line of the tiny run."""
+    words = []
+    for name, value in (TINY | changes).items():
+        words += [f'--{name}' if value else f'--no-{name}'] if isinstance(value, bool) else [f'--{name}', str(value)]
+    return words
+
+
+def model_of(c, blocks=None):
+    model = grow.GrowingTransformer(c, substrate.substrate(c.substrate, c.d_model))
+    torch.manual_seed(c.seed)
+    torch.nn.init.normal_(model.head.weight, 0, 0.02)
+    torch.nn.init.zeros_(model.head.bias)
+    model.append(c.layers if blocks is None else blocks)
+    return model
+
+
+def ids(*shape, seed=0):
+    return torch.randint(0, substrate.VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def texts(n=400, seed=0, words='the cat sat on a mat and saw more cats than mats in that hat'.split()):
+    rng = np.random.default_rng(seed)
+    return [f'{i}: ' + ' '.join(rng.choice(words, 60)) for i in range(n)]
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+    """A folder with a small data set in data/stdlib, where the main job looks for its text."""
+    folder = tmp_path_factory.mktemp('corpus')
+    prepare_data.prepare('stdlib', texts(), 'made up', folder / 'data')
+    return folder
+
+
+@pytest.fixture
+def here(corpus, tmp_path, monkeypatch):
+    """An empty working folder that sees the small data set."""
+    (tmp_path / 'data').symlink_to(corpus / 'data')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fails(capsys, argv, *words, status=1, main=grow.main):
+    """Runs main(argv); it must end with that status and one sentence on stderr that has all the words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    error = capsys.readouterr().err.split('\r')[-1].strip()
+    assert end.value.code == status and error.startswith('error: '), error
+    assert 'Traceback' not in error and '\n' not in error, error
+    for word in words:
+        assert word in error, error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vocabulary
+
+def test_layout_of_the_vocabulary():
+    tokens = substrate.tokenizer()
+    grams = substrate.read_ngrams()
+    assert tokens.n_vocab == 65_536 == substrate.VOCAB
+    for i in (0, 0x0A, 0x41, 0x7F, 0x80, 0x416, 0x4E2D, 0xD7FF, 0xF900, 0xFFFF):
+        assert tokens.encode_ordinary(chr(i)) == [i] and tokens.decode([i]) == chr(i)
+    assert [tokens.decode([i]) for i in (0xD800, 0xDFFF, 0xE100, 0xF8FF)] == [grams[0], grams[2047], grams[2048], grams[8191]]
+    assert [tokens.decode([i]) for i in range(0xE000, 0xE005)] == ['<pad>', '<s>', '</s>', '<unk>', '<04>']
+    assert tokens.decode_bytes(range(0xE080, 0xE100)) == bytes(range(0x80, 0x100))
+    assert len({tokens.decode_single_token_bytes(i) for i in range(substrate.VOCAB)}) == substrate.VOCAB
+    assert len(tokens.decode(range(substrate.VOCAB))) > substrate.VOCAB           # whatever a model samples can be printed
+
+
+def test_the_longest_ngram_wins():
+    tokens = substrate.tokenizer()
+    assert [tokens.decode([i]) for i in tokens.encode_ordinary('singing the 中国人')] == ['sin', 'gin', 'g', ' ', 'the', ' ', '中国', '人']
+
+
+def test_every_text_round_trips():
+    tokens = substrate.tokenizer()
+    rng = random.Random(0)
+    everything = [chr(i) for i in range(0x110000) if not 0xD800 <= i <= 0xDFFF]
+    texts = [''.join(everything), '', '\0', '😀 𝔄 \uE000\uE080\uF8FF', '<s></s><pad><|endoftext|><80>', 'a\r\nb\tc\u2028\ufeff']
+    texts += [''.join(rng.choices(everything, k=200)) for _ in range(200)]
+    pieces = substrate.token_texts()
+    texts += [''.join(rng.choices(pieces, k=200)) for _ in range(200)]
+    for text in texts:
+        ids = tokens.encode_ordinary(text)
+        assert tokens.decode(ids) == text
+        assert not any(0xE000 <= i < 0xE080 for i in ids)                         # no text makes a special token
+    assert tokens.encode_ordinary('\uE000') == [0xE0EE, 0xE080, 0xE080]           # its UTF-8 bytes
+    assert tokens.encode_ordinary('\ud800') == [0xFFFD]                           # a lone surrogate is no Unicode
+
+
+def test_ngrams_are_real_in_every_script():
+    grams = substrate.read_ngrams()
+    first = [unicodedata.name(gram[0]).replace('-', ' ').split()[0] for gram in grams]
+    for script in 'LATIN CYRILLIC GREEK ARABIC HEBREW DEVANAGARI BENGALI TAMIL CJK HANGUL HIRAGANA KATAKANA'.split():
+        assert first.count(script) >= 100, script
+    assert all(unicodedata.category(c)[0] in 'LM' for gram in grams for c in gram)
+    assert {'the', 'ing', 'что', 'της', 'מה', '一个', 'です'} <= set(grams)
+
+
+def test_ngrams_are_counted_again_the_same(tmp_path, monkeypatch):
+    pytest.importorskip('wordfreq')
+    committed = substrate.NGRAMS.read_bytes()
+    monkeypatch.setattr(substrate, 'NGRAMS', tmp_path / 'ngrams.txt')
+    substrate.main(['--count-ngrams'])
+    assert substrate.NGRAMS.read_bytes() == committed
+
+
+@pytest.mark.parametrize('damage', [
+    lambda lines: lines[:-1], lambda lines: lines[::-1], lambda lines: lines[:-1] + ['x'], lambda lines: lines[:-1] + lines[-1:] * 2,
+    lambda lines: ['abcd'] + lines[1:], lambda lines: ['[{'] + lines, lambda lines: ["[{'top_ngrams': 3}]"]])
+def test_damaged_ngrams_are_refused(damage, tmp_path):
+    path = tmp_path / 'list.txt'
+    path.write_text('\n'.join(damage(substrate.read_ngrams())), encoding='utf-8')
+    with pytest.raises(substrate.UserError, match='list.txt'):
+        substrate.tokenizer(path)
+    path.write_bytes(b'\xff\xfe')
+    with pytest.raises(substrate.UserError, match='list.txt'):
+        substrate.tokenizer(path)
+    path.unlink()
+    with pytest.raises(substrate.UserError, match='list.txt'):
+        substrate.tokenizer(path)
+
+
+def test_another_ngram_list_makes_another_tokenizer(tmp_path):
+    grams = [a + b + c for a in 'abcdefghijklmnopqrst' for b in 'abcdefghijklmnopqrst' for c in 'abcdefghijklmnopqrst']
+    (tmp_path / 'plain.txt').write_text('\n'.join(grams + sorted({gram[:2] for gram in grams})[:192]) + '\n')
+    ranked = {2: [(gram[:2], 1) for gram in grams[::20][:192]], 3: [(gram, 1) for gram in grams]}
+    (tmp_path / 'literal.txt').write_text(repr([{'lang': 'xx', 'top_ngrams': ranked}]))
+    plain, literal = (substrate.tokenizer(tmp_path / name) for name in ('plain.txt', 'literal.txt'))
+    assert plain.encode_ordinary('abcab') == literal.encode_ordinary('abcab') != substrate.tokenizer().encode_ordinary('abcab')
+    assert plain.decode(plain.encode_ordinary('a cab 😀')) == 'a cab 😀'
+    assert substrate.tokenizer_fingerprint(tmp_path / 'plain.txt') == substrate.tokenizer_fingerprint(tmp_path / 'literal.txt')
+    assert substrate.tokenizer_fingerprint(tmp_path / 'plain.txt') != substrate.tokenizer_fingerprint()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The glyphs
+
+@pytest.fixture(scope='module')
+def bits():
+    return substrate.glyphs()
+
+
+def test_white_space_differs_and_lookalikes_do_not(bits):
+    newline, tab, space = bits[0x0A], bits[0x09], bits[0x20]
+    assert (newline != tab).any() and (newline != space).any() and (tab != space).any() and not space.any()
+    assert (newline == bits[0x240A]).all()                                        # drawn as its control picture
+    assert (bits[ord('A')] == bits[ord('А')]).all() and (bits[ord('A')] == bits[ord('Α')]).all()
+    assert substrate.lookalikes(bits) == 1_642
+    assert substrate.lookalikes(bits[0xE000:0xE100]) == 0                         # special tokens and bytes all differ
+    assert bits.shape == (65_536, 1_024) and set(np.unique(bits)) == {0, 1}
+
+
+@pytest.mark.skipif(not UNIFONT.exists(), reason='needs the font of the Debian package fonts-unifont 15.0.01')
+def test_glyphs_are_drawn_again_bit_for_bit(bits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(substrate, 'GLYPHS', tmp_path / 'glyphs.npz')
+    substrate.main(['--draw', str(UNIFONT)])
+    assert 'bit for bit' in capsys.readouterr().out and (substrate.glyphs() == bits).all()
+
+
+def test_damaged_glyphs_and_fonts_are_refused(tmp_path, monkeypatch, capsys):
+    whole = substrate.GLYPHS.read_bytes()
+    monkeypatch.setattr(substrate, 'GLYPHS', tmp_path / 'glyphs.npz')
+    for damaged in (whole[:-1000], whole[:5000] + b'x' + whole[5001:], b'', None):
+        if damaged is not None:
+            substrate.GLYPHS.write_bytes(damaged)
+        else:
+            substrate.GLYPHS.unlink()
+        with pytest.raises(substrate.UserError, match='glyphs.npz'):
+            substrate.glyphs()
+    np.savez(substrate.GLYPHS, np.zeros((65_536, 128), np.uint8))                 # a whole file, but of other pictures
+    with pytest.raises(substrate.UserError, match='glyphs.npz'):
+        substrate.glyphs()
+    fails(capsys, ['--draw', str(tmp_path / 'none.otf')], 'fonts-unifont', main=substrate.main)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(substrate, 'CACHE', tmp_path / 'cache')
+    return substrate.CACHE
+
+
+def test_unicode_rows_keep_the_angles_between_pictures(bits, cache):
+    table = substrate.substrate('unicode', 1024).table.detach().double().numpy()
+    assert np.allclose(np.linalg.norm(table, axis=1), 1, atol=1e-6)
+    assert (np.abs(table).max(0) > 0).sum() == 992 and not table[:, 992:].any()   # null components are zero
+    some = np.random.default_rng(0).integers(0, substrate.VOCAB, 500)
+    centred = bits[some] - bits.mean(0)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    assert np.allclose(centred @ centred.T, table[some] @ table[some].T, atol=1e-6)
+
+
+def test_unicode_is_cached_and_a_damaged_cache_is_computed_again(cache):
+    first = substrate.substrate('unicode', 16)
+    [path] = cache.iterdir()
+    whole = path.read_bytes()
+    assert first.fingerprint in path.name and torch.equal(substrate.substrate('unicode', 16).table, first.table)
+    path.write_bytes(whole[:100_000] + bytes([whole[100_000] ^ 1]) + whole[100_001:])      # one bit
+    assert torch.equal(substrate.substrate('unicode', 16).table, first.table) and path.read_bytes() == whole
+    assert not first.table.requires_grad
+
+
+def test_binary_is_the_bits_of_the_id_lifted_on_the_fly():
+    interface = substrate.substrate('binary', 64)
+    assert interface.table.shape == (65_536, 16) and not interface.table.requires_grad
+    idx = torch.tensor([[0, 1, 0x8000], [0xFFFF, 0xE002, 0x41]])
+    x = interface(idx)
+    assert x.shape == (2, 3, 64)
+    for row, i in zip(x.reshape(6, 64), idx.reshape(6).tolist()):
+        assert row.tolist() == [float(bit) for bit in f'{i:016b}' for _ in range(4)]
+    assert torch.linalg.matrix_rank(interface(torch.arange(0, 65_536, 7))) == 16
+    with pytest.raises(substrate.UserError, match='multiple of 16'):
+        substrate.Substrate('binary', 100)
+
+
+def test_random_has_a_seed_of_its_own():
+    torch.manual_seed(1)
+    first = substrate.substrate('random', 32)
+    torch.manual_seed(2)
+    second = substrate.substrate('random', 32, seed=3)
+    assert torch.equal(first.table, second.table) and first.fingerprint == second.fingerprint
+    assert torch.allclose(first.table.norm(dim=1), torch.ones(65_536)) and not first.table.requires_grad
+
+
+def test_learned_is_seeded_and_takes_gradients():
+    first, same, other = (substrate.substrate('learned', 16, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.table, same.table) and not torch.equal(first.table, other.table)
+    first(torch.tensor([[5]])).sum().backward()
+    assert first.table.grad[5].eq(1).all() and first.table.grad.sum() == 16
+    assert abs(first.table.std().item() - 0.02) < 1e-3
+
+
+def test_substrates_are_told_apart(cache):
+    prints = [substrate.fingerprint(name, d) for name in substrate.RECIPES for d in (32, 64)]
+    assert len(set(prints)) == len(prints) and all(len(p) == 16 for p in prints)
+    with torch.device('meta'):
+        built = substrate.Substrate('unicode', 1024, 'abc')
+    assert built.table.is_meta and (built.name, built.d_model, built.fingerprint) == ('unicode', 1024, 'abc')
+    with pytest.raises(substrate.UserError, match='unicode, binary, random, learned'):
+        substrate.substrate('unicod', 32)
+
+
+def test_substrate_from_a_file(tmp_path):
+    table = np.random.default_rng(0).standard_normal((65_536, 4)).astype(np.float32)
+    np.save(tmp_path / 'a.npy', table)
+    np.save(tmp_path / 'half.npy', table.astype(np.float16))
+    torch.save(torch.from_numpy(table), tmp_path / 'b.pt')
+    torch.save({'weight': torch.from_numpy(table), 'step': 3, 'bias': torch.zeros(4)}, tmp_path / 'c.pt')
+    for name in ('a.npy', 'b.pt', 'c.pt'):
+        interface = substrate.substrate(str(tmp_path / name), 4)
+        assert np.array_equal(interface.table.numpy(), table) and not interface.table.requires_grad
+        assert interface(torch.tensor([[7, 9]])).shape == (1, 2, 4)
+    assert substrate.substrate(tmp_path / 'half.npy', 4).table.dtype == torch.float32
+    before = substrate.fingerprint(tmp_path / 'a.npy', 4)
+    np.save(tmp_path / 'a.npy', table + 1)
+    assert substrate.fingerprint(tmp_path / 'a.npy', 4) != before
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    table = np.zeros((65_536, 4), np.float32)
+    np.save(tmp_path / 'wide.npy', np.zeros((65_536, 5), np.float32))
+    np.save(tmp_path / 'whole.npy', table.astype(np.int64))
+    np.save(tmp_path / 'flat.npy', np.zeros(65_536, np.float32))
+    np.save(tmp_path / 'nan.npy', np.where(np.arange(4) == 2, np.nan, table))
+    np.save(tmp_path / 'objects.npy', np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / 'cut.npy').write_bytes((tmp_path / 'wide.npy').read_bytes()[:-8])
+    (tmp_path / 'empty.pt').write_bytes(b'')
+    (tmp_path / 'text.pt').write_text('hello')
+    torch.save({'a': torch.zeros(65_536, 4), 'b': torch.zeros(2, 2)}, tmp_path / 'two.pt')
+    torch.save('words', tmp_path / 'words.pt')
+    for path, says in [('wide.npy', '65536 x 5'), ('whole.npy', 'int64'), ('flat.npy', 'none'), ('nan.npy', 'NaN'), ('objects.npy', 'cannot read'),
+                       ('cut.npy', 'cannot read'), ('empty.pt', 'cannot read'), ('text.pt', 'cannot read'), ('two.pt', '2 x 2'), ('words.pt', 'none'),
+                       ('absent.npy', 'No such file')]:
+        with pytest.raises(substrate.UserError, match=says) as error:
+            substrate.substrate(str(tmp_path / path), 4)
+        assert path in str(error.value) and '\n' not in str(error.value)
+
+
+def test_forward_compiles_whole():
+    idx = torch.tensor([[1, 2, 65_535]])
+    for name in ('binary', 'learned'):
+        interface = substrate.substrate(name, 32)
+        assert torch.equal(torch.compile(interface, backend='aot_eager', fullgraph=True)(idx), interface(idx))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare_data.py: data sets small enough to look at
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A data set of 400 documents in several training shards."""
+    monkeypatch.setattr(prepare_data, 'SHARD', 20_000)
+    prepare_data.prepare('tiny', texts(), 'made up', tmp_path)
+    return prepare_data.Dataset('tiny', tmp_path)
+
+
+def documents_of(dataset, split):
+    """What the shards hold, as text again."""
+    ids = np.concatenate(getattr(dataset, split))
+    assert ids[-1] == prepare_data.EOS
+    return [substrate.tokenizer().decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == prepare_data.EOS) + 1)[:-1]]
+
+
+def with_end(documents):
+    return [text + '</s>' for text in documents]
+
+
+def refuses(pattern, function, *args, **kwargs):
+    with pytest.raises(substrate.UserError, match=pattern) as error:
+        function(*args, **kwargs)
+    assert '\n' not in str(error.value)
+
+
+def test_every_id_survives_a_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, 'SHARD', 50_000)
+    writer = prepare_data.ShardWriter(tmp_path, 'train')
+    writer.add(np.arange(65_536), 0)
+    writer.flush()
+    assert [shard['tokens'] for shard in writer.shards.values()] == [50_000, 15_536]
+    read = [np.load(tmp_path / file, mmap_mode='r') for file in writer.shards]
+    assert all(isinstance(shard, np.memmap) and shard.dtype == np.uint16 for shard in read)
+    assert np.array_equal(np.concatenate(read), np.arange(65_536))
+
+
+def test_documents_come_back_and_only_we_write_the_separator(tmp_path, dataset):
+    assert len(dataset.train) > 1
+    assert sorted(documents_of(dataset, 'train') + documents_of(dataset, 'val')) == sorted(with_end(texts()))
+    odd = 'a text that says </s> and <s>, \x00, 😀'
+    prepare_data.prepare('marked', texts() + [odd], 'made up', tmp_path)
+    marked = prepare_data.Dataset(tmp_path / 'marked')
+    assert sum((np.concatenate(split) == prepare_data.EOS).sum() for split in (marked.train, marked.val)) == 401
+    assert odd + '</s>' in documents_of(marked, 'train') + documents_of(marked, 'val')
+    assert marked.meta['documents'] == 401 and marked.meta['train_tokens'] == marked.train_tokens
+    assert marked.meta['train_bytes'] + marked.meta['val_bytes'] == sum(len(text.encode()) for text in texts() + [odd])
+
+
+def test_how_a_text_file_is_cut(tmp_path):
+    path = tmp_path / 'a.txt'
+    line = b'x' * 999 + b'\n'
+    path.write_bytes(line * 65 + b'y' * 536)                                   # 64 KiB exactly
+    assert [len(text) for text in prepare_data.text_documents(path)] == [65_536]
+    path.write_bytes(line * 65 + b'y' * 537)                                   # and one byte more
+    assert [len(text) for text in prepare_data.text_documents(path)] == [17_000, 17_000, 17_000, 14_537]
+    path.write_bytes((b'x' * 1023 + b'\n') * 65)                               # lines that end at 16 KiB exactly
+    assert [len(text) for text in prepare_data.text_documents(path)] == [16_384] * 4 + [1024]
+    path.write_bytes(b'z' * 10_000_000 + b'\n' + line * 20)                    # one very long line
+    assert [len(text) for text in prepare_data.text_documents(path)] == [10_000_001, 17_000, 3_000]
+    path.write_bytes('п'.encode() * 40_000 + b'\nend')
+    assert ''.join(prepare_data.text_documents(path)) == 'п' * 40_000 + '\nend'
+
+
+def test_split_line(tmp_path, monkeypatch):
+    path = tmp_path / 'fortunes'
+    path.write_bytes(b'one\n 100 %\n%\r\ntwo\n%\n%\nthree ' + b'x' * 100_000)
+    assert list(prepare_data.text_documents(path, '%')) == ['one\n 100 %\n', 'two\n', '', 'three ' + 'x' * 100_000]
+    monkeypatch.setattr(prepare_data, 'LONGEST', 1000)
+    refuses('fortunes, line 7: .*--split-line', list, prepare_data.text_documents(path, '%'))
+
+
+def test_folders_and_jsonl(tmp_path):
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'sub' / 'b.jsonl').write_text('{"text": "first\\nrow"}\n\n{"text": "\\u00e9", "id": 2}\n')
+    (tmp_path / 'c.md').write_text('\ufeffmarked')
+    (tmp_path / 'a.log').write_text('log')
+    assert list(prepare_data.file_documents([tmp_path])) == ['marked', 'first\nrow', 'é']
+    assert list(prepare_data.file_documents([tmp_path / 'a.log'])) == ['log']   # a named file, whatever its ending
+    (tmp_path / 'empty').mkdir()
+    refuses('empty is neither', prepare_data.file_documents, [tmp_path / 'empty'])
+    refuses('nowhere is neither', prepare_data.file_documents, [tmp_path / 'nowhere'])
+
+
+@pytest.mark.parametrize('row', ['{"text": "a"', '{"txt": "a"}', '["a"]', '{"text": 3}', r'{"text": "\ud83d"}'])
+def test_bad_rows_name_their_line(tmp_path, row):
+    (tmp_path / 'rows.jsonl').write_text('{"text": "good"}\n' + row + '\n')
+    refuses('rows.jsonl, line 2: not a JSON object', list, prepare_data.file_documents([tmp_path]))
+
+
+def test_encoding_errors_name_file_and_line(tmp_path):
+    (tmp_path / 'latin.txt').write_bytes('\n'.join(['word'] * 20_000 + ['café']).encode('latin-1'))
+    refuses('latin.txt, line 20001: not UTF-8', list, prepare_data.file_documents([tmp_path]))
+    refuses('latin.txt, line 20001: not UTF-8', prepare_data.prepare, 'x', prepare_data.file_documents([tmp_path]), '', tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['latin.txt']
+
+
+def test_val_is_decided_by_the_document_alone(tmp_path, dataset):
+    prepare_data.prepare('again', texts()[::-1] + texts(), 'made up', tmp_path)
+    again = prepare_data.Dataset('again', tmp_path)
+    assert set(documents_of(again, 'val')) == set(documents_of(dataset, 'val'))
+    assert set(documents_of(again, 'train')).isdisjoint(documents_of(again, 'val'))
+    refuses(r'^3 documents give .*--split-line', prepare_data.prepare, 'few', texts(3), 'made up', tmp_path)
+    refuses('^0 documents', prepare_data.prepare, 'none', ['', ' \n'], 'made up', tmp_path)
+    refuses('exists already', prepare_data.prepare, 'tiny', texts(), 'made up', tmp_path)
+    refuses('does not name a folder', prepare_data.prepare, '../tiny', texts(), 'made up', tmp_path)
+    assert not (tmp_path / 'few').exists()
+
+
+def test_stdlib_is_prose(tmp_path):
+    assert prepare_data.prose('"""Says\n    what.\n    """\n'
+                              '# x:\n# A comment of two lines that is long enough\n# to be taken for an English sentence.\n'
+                              'def f():\n    "Inner."  # no\n    s = """\n# not a comment at all, only a string\n"""\n'
+                              '# x = [1, 2, 3, 4, 5]; y = {"a": 1, "b": 2}; z = x[0] + y["a"] * 3.14159\n') == [
+        'Says\nwhat.', 'x:\nA comment of two lines that is long enough\nto be taken for an English sentence.', 'Inner.']
+    assert prepare_data.normalised('a \n-----\n\n>>> 1\n1\n\n\tb....') == 'a\n---\n\n    b...'
+    first = next(prepare_data.stdlib_documents())
+    assert len(first) > 100 and '>>>' not in first
+
+
+def test_killed_halfway_leaves_no_data_set(tmp_path):
+    def dying():
+        yield from texts()
+        os.kill(os.getpid(), signal.SIGKILL)
+    child = os.fork()
+    if child == 0:
+        try:
+            prepare_data.prepare('d', dying(), 'made up', tmp_path)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (tmp_path / '.d.tmp' / 'train_000007.npy').write_bytes(b'rubbish')
+    refuses('no data set .*files --name d PATH', prepare_data.Dataset, 'd', tmp_path)
+    with prepare_data.new_folder(tmp_path / 'd'):                              # while one process writes, another is told to wait
+        refuses('another process is preparing', prepare_data.prepare, 'd', texts(), 'made up', tmp_path)
+        (tmp_path / '.d.tmp' / 'meta.json').write_text('{}')
+    (tmp_path / 'd' / 'meta.json').unlink()
+    (tmp_path / 'd').rmdir()
+    prepare_data.prepare('d', texts(), 'made up', tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['d']
+    assert sorted(path.name for path in (tmp_path / 'd').iterdir()) == ['meta.json', 'train_000000.npy', 'val_000000.npy']
+
+
+def test_damaged_data_sets_are_refused_by_name(tmp_path, dataset, capsys):
+    folder, shard = tmp_path / 'tiny', tmp_path / 'tiny' / 'train_000001.npy'
+    whole = shard.read_bytes()
+    prepare_data.check('tiny', tmp_path)
+    shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])  # one bit: the size is right
+    prepare_data.Dataset('tiny', tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        prepare_data.main(['--check', 'tiny', '--root', str(tmp_path)])
+    assert exit.value.code == 1 and 'train_000001.npy;' in capsys.readouterr().err
+    for broken in (whole[:-2], whole + b'xx', b'', b'no array at all', whole.replace(b'<u2', b'<i2')):
+        shard.write_bytes(broken)
+        refuses('train_000001.npy is missing, cut short', prepare_data.Dataset, 'tiny', tmp_path)
+    shard.unlink()
+    refuses('train_000001.npy is missing', prepare_data.Dataset, 'tiny', tmp_path)
+    shard.write_bytes(whole)
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps(meta | {'tokenizer': 'another'}))
+    refuses('another tokenizer', prepare_data.Dataset, 'tiny', tmp_path)
+    for broken in ('{', '[]', '{}', json.dumps(meta | {'shards': {'train_000000.npy': 3}})):
+        (folder / 'meta.json').write_text(broken)
+        refuses('meta.json is broken', prepare_data.Dataset, 'tiny', tmp_path)
+    refuses('no data set .*stdlib; make it with: python prepare_data.py stdlib', prepare_data.Dataset, 'stdlib', tmp_path)
+
+
+@pytest.mark.parametrize('argv', [[], ['stdlib', '--check', 'a'], ['files', 'a.txt'], ['files', '--name', 'a'], ['stdlib', 'a.txt'],
+                                  ['stdlib', '--bogus'], ['bogus']])
+def test_wrong_flags_end_in_one_sentence(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        prepare_data.main(argv)
+    assert exit.value.code == 2 and capsys.readouterr().err.count('\n') == 1
+
+
+def test_files_command(tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text('\n%\n'.join(texts(1000)))
+    prepare_data.main(['files', '--root', str(tmp_path), '--name', 'a', '--split-line', '%', str(tmp_path / 'a.txt')])
+    assert '1,000 documents' in capsys.readouterr().out
+    assert documents_of(prepare_data.Dataset('a', tmp_path), 'train')[0] == texts()[0] + '\n</s>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+def first_tokens(dataset, split, context):
+    """Every sequence of a split, the slow way."""
+    return [shard[i:i + context + 1].tolist() for shard in getattr(dataset, split) for i in range(0, len(shard) - context, context)]
+
+
+def rows_of(batch):
+    inputs, targets = batch
+    assert inputs.dtype == targets.dtype == torch.int64 and torch.equal(inputs[:, 1:], targets[:, :-1])
+    return [x.tolist() + [y[-1].item()] for x, y in zip(inputs, targets)]
+
+
+def test_an_epoch_is_every_sequence_once_and_each_is_shuffled_anew(dataset):
+    every = first_tokens(dataset, 'train', 16)
+    batches = prepare_data.Batches([dataset], [1], seed=5, rows=7, context=16)
+    steps = 2 * len(every) // 7 + 1
+    seen = [row for step in range(steps) for row in rows_of(batches.batch(step))]
+    first, second = seen[:len(every)], seen[len(every):2 * len(every)]
+    assert sorted(first) == sorted(second) == sorted(every)
+    assert first != second and first != every
+
+
+def test_a_batch_depends_on_seed_and_step_alone(dataset):
+    make = lambda seed: prepare_data.Batches([dataset], [1], seed=seed, rows=8, context=16)
+    a, b = make(1), make(1)
+    for step in (900, 3, 0, 50_000):                                           # any order, any epoch
+        assert all(map(torch.equal, a.batch(step), make(1).batch(step)))
+        parts = [b.batch(step, rows=slice(rank, None, 3)) for rank in range(3)]
+        for rank, part in enumerate(parts):
+            assert rows_of(part) == rows_of(a.batch(step))[rank::3]
+    assert rows_of(a.batch(0)) != rows_of(make(2).batch(0))
+    refuses('smaller --context', prepare_data.Batches, [dataset], [1], 0, 8, 20_000)
+
+
+def test_a_mixture_is_exact(tmp_path, dataset):
+    prepare_data.prepare('other', texts(seed=1, words=['перед', 'вами', 'слова', 'и', 'знаки']), 'made up', tmp_path)
+    other = prepare_data.Dataset('other', tmp_path)
+    mixed = prepare_data.Batches([dataset, other], [3, 2], seed=0, rows=6, context=16)
+    rows = [row for step in range(40) for row in rows_of(mixed.batch(step))]
+    alone = [prepare_data.Batches([d], [1], seed=0, rows=48, context=16) for d in (dataset, other)]
+    streams = [iter([row for step in range(3) for row in rows_of(b.batch(step))]) for b in alone]
+    assert rows == [next(streams[d]) for _ in range(48) for d in (0, 0, 0, 1, 1)]
+
+
+def test_val_batches_are_the_whole_split_in_order(dataset):
+    every = first_tokens(dataset, 'val', 16)
+    assert [row for batch in prepare_data.val_batches(dataset, 16, 5) for row in rows_of(batch)] == every
+    assert [row for batch in prepare_data.val_batches(dataset, 16, 5, limit=16 * 7 + 3) for row in rows_of(batch)] == every[:7]
+    refuses('val split of tiny', prepare_data.val_batches, dataset, dataset.val_tokens, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines
+
+def slow_witten_bell(pairs):
+    """The two formulas, word for word."""
+    word, pair = collections.Counter(w for _, w in pairs), collections.Counter(pairs)
+    total, successors = collections.Counter(h for h, _ in pairs), collections.Counter(h for h, _ in pair)
+
+    def unigram(w):
+        return (word[w] + len(word) / 65_536) / (len(pairs) + len(word))
+
+    def bigram(h, w):
+        return (pair[h, w] + successors[h] * unigram(w)) / (total[h] + successors[h]) if total[h] else unigram(w)
+    return unigram, bigram
+
+
+def test_witten_bell_sums_to_one_and_by_hand():
+    ngrams = prepare_data.NGrams(np.array([7, 7, 7, 65_535]), np.array([8, 8, 65_535, 7]))
+    every = np.arange(65_536)
+    assert ngrams.unigram.sum() == pytest.approx(1)
+    for h in (7, 8, 65_535, 0):                                                # 8 and 0 were followed by nothing
+        assert ngrams.bigram(np.full(65_536, h), every).sum() == pytest.approx(1)
+    p8 = (2 + 3 / 65_536) / (4 + 3)
+    assert ngrams.bigram(np.array([7]), np.array([8]))[0] == pytest.approx((2 + 2 * p8) / (3 + 2))
+
+
+def test_ngram_losses_against_counting_in_dictionaries(dataset, monkeypatch):
+    batches = prepare_data.Batches([dataset], [1], seed=3, rows=4, context=16)
+    val = [pair for batch in prepare_data.val_batches(dataset, 16, 8, 2000) for row in rows_of(batch) for pair in zip(row, row[1:])]
+    for steps, counted in ((30, None), (1400, None), (30, 700)):               # within an epoch, more than an epoch, a capped count
+        pairs = [pair for step in range(steps) for row in rows_of(batches.batch(step)) for pair in zip(row, row[1:])]
+        if counted:
+            monkeypatch.setattr(prepare_data, 'COUNTED', counted)
+        unigram, bigram = slow_witten_bell(pairs[:counted])
+        expected = [-sum(math.log(p) for p in ps) / len(val) for ps in ([unigram(w) for _, w in val], [bigram(h, w) for h, w in val])]
+        assert prepare_data.ngram_losses(batches, steps, dataset, limit=2000) == pytest.approx(expected, rel=1e-12)
+    assert expected[1] < expected[0] < math.log(65_536)
+
+
+def test_unigram_log_probs(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(prepare_data, 'SHARD', 2**20)
+    prepare_data.prepare('other', texts(seed=1), 'made up', tmp_path)
+    other = prepare_data.Dataset('other', tmp_path)
+    bias = prepare_data.unigram_log_probs(prepare_data.Batches([dataset, other], [3, 1], 0, 8, 16))
+    assert bias.dtype == torch.float32 and bias.shape == (65_536,) and bias.exp().sum().item() == pytest.approx(1)
+    a, b = ((np.count_nonzero(d.train[0] == prepare_data.EOS) + 1) / (len(d.train[0]) + 65_536) for d in (dataset, other))
+    assert bias[prepare_data.EOS].exp().item() == pytest.approx(0.75 * a + 0.25 * b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model: sizes of the paper, to the digit
+
+
+def test_parameter_counts_of_the_paper():
+    with torch.device('meta'):
+        assert grow.count(grow.Block(1024, 32).parameters()) == 12_592_128
+        assert grow.count(torch.nn.Linear(1024, substrate.VOCAB).parameters()) == 67_174_400
+    grown = grow.ledger(config(**PAPER | dict(layers=9, layers_per_stage=3, substrate='unicode')))
+    assert [r['active'] for r in grown] == [104_952_832] * 3
+    mono = grow.ledger(config(**PAPER | dict(layers=9, layers_per_stage=3, substrate='unicode', monolithic=True)))
+    assert [r['active'] for r in mono] == [180_505_600]
+    learned = grow.ledger(config(**PAPER | dict(layers=9, layers_per_stage=3, substrate='learned', monolithic=True)))
+    assert [r['active'] for r in learned] == [247_614_464]
+    assert grow.ledger(config(**PAPER | dict(layers=9, layers_per_stage=3)))[-1]['total'] == 181_554_176
+    long = grow.ledger(config(**PAPER | dict(layers=16, layers_per_stage=3)))
+    assert long[-1]['total'] == 269_699_072 and [r['layers'] for r in long] == [3, 6, 9, 12, 15, 16]
+
+
+def test_plan_prints_the_paper_numbers(capsys):
+    grow.main('--plan --layers 9 --d_model 1024 --heads 32 --context 1024 --substrate unicode'.split())
+    text = capsys.readouterr().out
+    for number in ('104,952,832', '180,505,600', '247,614,464'):
+        assert number in text
+    grow.main('--plan --layers 16 --d_model 1024 --heads 32 --context 1024 --substrate binary'.split())
+    assert '269,699,072' in capsys.readouterr().out
+
+
+def test_flops_against_torch_counter():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    c = config(context=32, d_model=64, layers=2, heads=2)
+    model = model_of(c)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(ids(1, 32))
+    attention = 2 * 2 * 32 * 64 * 2                     # the counter takes the full square of attention, the ledger its lower half
+    block, head = grow.flops_per_token(c, grow.Phase('grow', 1, 2, 0, 1))
+    assert counter.get_total_flops() == 32 * (block + head // 3 + attention // 2)
+
+
+def test_causality():
+    model, a = model_of(config()), ids(2, 16)
+    b = a.clone()
+    b[:, 9:] = ids(2, 7, seed=1)
+    with torch.no_grad():
+        assert torch.equal(model(a)[:, :9], model(b)[:, :9])
+        assert not torch.equal(model(a)[:, 9:], model(b)[:, 9:])
+
+
+def test_rotary_is_a_rotation_by_position():
+    D, T = 8, 5
+    x = torch.randn(1, 1, T, D)
+    angle = torch.outer(torch.arange(T), 10_000.0 ** (-torch.arange(D // 2) / (D // 2)))
+    z = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(angle), angle)   # second formulation
+    assert torch.allclose(grow.rotate(x, angle.cos(), angle.sin()), torch.cat((z.real, z.imag), -1), atol=1e-6)
+
+
+def test_block_against_torch_reference():
+    """One block against torch's own pre-norm encoder layer, with positions switched off."""
+    d, heads = 32, 4
+    block = grow.Block(d, heads)
+    ref = torch.nn.TransformerEncoderLayer(d, heads, 4 * d, dropout=0.0, activation='gelu', batch_first=True, norm_first=True)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_(0, 0.1)
+        ref.self_attn.in_proj_weight.copy_(block.qkv.weight), ref.self_attn.in_proj_bias.zero_()
+        ref.self_attn.out_proj.weight.copy_(block.out.weight), ref.self_attn.out_proj.bias.zero_()
+        for ours, theirs in ((block.up, ref.linear1), (block.down, ref.linear2), (block.norm1, ref.norm1), (block.norm2, ref.norm2)):
+            theirs.load_state_dict(ours.state_dict())
+    x, one = torch.randn(2, 7, d), torch.ones(7, d // heads // 2)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(7)
+    assert torch.allclose(block(x, one, 0 * one), ref(x, src_mask=mask, is_causal=True), atol=1e-5)
+
+
+def test_initial_loss_is_log_vocabulary():
+    model = model_of(config())
+    loss = model(ids(8, 16), ids(8, 16, seed=1))[1].item()
+    assert abs(loss - math.log(substrate.VOCAB)) < 0.05
+
+
+def test_loss_in_slices_equals_loss_at_once(monkeypatch):
+    model = model_of(config())
+    idx, targets = ids(4, 16), ids(4, 16, seed=1)
+    targets[0, :5] = -100
+    whole = model(idx, targets)[1]
+    whole.backward()
+    gradient = model.head.weight.grad.clone()
+    model.zero_grad()
+    monkeypatch.setattr(grow, 'HEAD_ROWS', 24)
+    sliced = model(idx, targets)[1]
+    sliced.backward()
+    reference = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    assert torch.allclose(whole, sliced) and torch.allclose(whole, reference)
+    assert torch.allclose(gradient, model.head.weight.grad, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Growth: frozen means frozen, and a block is what it says at birth
+
+
+def test_identity_blocks_change_nothing_at_birth():
+    model, x = model_of(config(birth='identity'), blocks=1), ids(2, 16)
+    with torch.no_grad():
+        for p in model.blocks[0].parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        before = model(x)
+        model.append(2)
+        assert torch.equal(before, model(x))
+        model.config.birth = 'random'
+        model.append(1)
+        assert not torch.equal(before, model(x))
+
+
+def test_optimizer_holds_exactly_the_trainable_set():
+    c = config(substrate='learned', layers=4, layers_per_stage=2)
+    model = model_of(c, blocks=0)
+    for phase, interface_trains in zip(grow.phases(c), (True, False)):
+        grow.enter(model, phase)
+        optimizer = grow.make_optimizer(model, c)
+        held = {id(p) for group in optimizer.param_groups for p in group['params']}
+        assert held == {id(p) for p in model.parameters() if p.requires_grad}
+        names = {name for name, p in model.named_parameters() if id(p) in held}
+        top = range(phase.depth - phase.trained, phase.depth)
+        assert {n.split('.')[1] for n in names if n.startswith('blocks')} == {str(k) for k in top}
+        assert {'head.weight', 'head.bias', 'norm.weight', 'norm.bias'} <= names
+        assert ('interface.table' in names) == interface_trains
+
+
+def test_frozen_tensors_keep_their_bytes_over_a_stage(here):
+    grow.main(flags(out='run', substrate='unicode'))
+    stages = [grow.load(f'run/stage_{k}.pt')['model'] for k in (1, 2, 3)]
+    for k, (before, after) in enumerate(zip(stages, stages[1:]), start=1):
+        for name, old in before.items():
+            frozen = name == 'interface.table' or name.startswith('blocks') and int(name.split('.')[1]) < k
+            assert torch.equal(old, after[name]) == frozen, name
+    assert torch.equal(stages[0]['interface.table'], substrate.substrate('unicode', 32).table)
+
+
+def test_frozen_blocks_record_no_graph():
+    c = config(layers=3)
+    model = model_of(c, blocks=0)
+    grow.enter(model, grow.Phase('grow', 3, 3, 1, 1))
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, y: seen.append(y.requires_grad))
+    model(ids(1, 16), ids(1, 16))
+    assert seen == [False, False, True]
+
+
+def test_it_overfits_one_batch():
+    c = config(layers=2, d_model=64, heads=4, substrate='random')
+    model = model_of(c, blocks=0)
+    grow.enter(model, grow.Phase('grow', 1, 2, 2, 20))
+    optimizer = grow.make_optimizer(model, c)
+    one = (ids(4, 16), ids(4, 16, seed=1))
+    batches = type('OneBatch', (), dict(batch=lambda self, step: one))()
+    losses = [grow.train_step(model, optimizer, batches, k, c, torch.autocast('cpu', enabled=False))[0] for k in range(20)]
+    assert losses[-1] < 0.5 < 10 < losses[0]
+
+
+def test_accumulation_equals_one_large_batch(here):
+    grow.main(flags(out='whole', micro_batch=4, stage_tokens=320))
+    grow.main(flags(out='parts', micro_batch=1, stage_tokens=320))
+    a, b = grow.load_model('whole').state_dict(), grow.load_model('parts').state_dict()
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=2e-4), name
+
+
+def test_same_seed_same_run_and_monolithic_sees_the_same_batches(here, monkeypatch):
+    seen = []
+    original = prepare_data.Batches.batch
+    monkeypatch.setattr(prepare_data.Batches, 'batch', lambda self, step: seen.append(original(self, step)) or seen[-1])
+    grow.main(flags(out='a'))
+    grow.main(flags(out='b'))
+    grow.main(flags(out='c', monolithic=True))
+    a, b = grow.load('a/latest.pt')['model'], grow.load('b/latest.pt')['model']
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    third = len(seen) // 3
+    for x, y, z in zip(seen[:third], seen[third:2 * third], seen[2 * third:]):
+        assert torch.equal(x[0], y[0]) and torch.equal(x[0], z[0]) and torch.equal(x[0][:, 1:], x[1][:, :-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def same_weights(a, b):
+    a, b = grow.load(f'{a}/latest.pt')['model'], grow.load(f'{b}/latest.pt')['model']
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize('stop_at', [1, 4, 10, 11, 17, 29])
+def test_resume_equals_uninterrupted_bit_for_bit(here, monkeypatch, stop_at):
+    """Stopped by a crash at any step (here: with a checkpoint at every step), in the middle or at the edge of a stage."""
+    grow.main(flags(out='whole'))
+    original, calls = grow.train_step, []
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == stop_at + 1:
+            raise RuntimeError('crash')
+        return original(*args)
+    monkeypatch.setattr(grow, 'train_step', crash)
+    with pytest.raises(RuntimeError):
+        grow.main(flags(out='cut', save_every=0))
+    monkeypatch.setattr(grow, 'train_step', original)
+    grow.main(['--resume', '--out', 'cut'])
+    assert same_weights('whole', 'cut')
+    rows = [Path(run, 'log.csv').read_text().splitlines() for run in ('whole', 'cut')]
+    strip = [[','.join(v for k, v in zip(rows[0][0].split(','), line.split(',')) if k not in ('seconds', 'tokens_per_s')) for line in r] for r in rows]
+    assert strip[0] == strip[1]
+
+
+def test_finished_run_says_so_and_keeps_its_files(here, capsys):
+    grow.main(flags(out='run'))
+    before = Path('run/latest.pt').read_bytes()
+    grow.main(['--resume', '--out', 'run'])
+    assert 'finished' in capsys.readouterr().out
+    fails(capsys, flags(out='run'), 'run', '--resume')
+    assert Path('run/latest.pt').read_bytes() == before
+
+
+def test_load_model_and_sampling(here, capsys):
+    grow.main(flags(out='run', substrate='unicode'))
+    model = grow.load_model('run')
+    x = ids(2, 16)
+    logits, (none, loss) = model(x), model(x, x)
+    assert logits.shape == (2, 16, substrate.VOCAB) and none is None and not model.training
+    assert torch.allclose(loss, F.cross_entropy(logits.flatten(0, 1), x.flatten()), atol=1e-4)
+    capsys.readouterr()
+    texts = []
+    for _ in range(2):
+        grow.main(['--sample', 'Привет', '--out', 'run', '--length', '20', '--device', 'cpu'])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and 'Привет' in texts[0]
+
+
+def test_checkpoint_carries_its_table(here, monkeypatch):
+    """A trained model never recomputes its interface."""
+    np.save('table.npy', np.random.default_rng(0).standard_normal((substrate.VOCAB, 32)).astype('float32'))
+    grow.main(flags(out='run', substrate='table.npy'))
+    os.remove('table.npy')
+    assert grow.load_model('run').interface.table.shape == (substrate.VOCAB, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+
+
+def test_nine_stages_compile_without_falling_back_to_eager(here):
+    """Growing recompiles, but every block of every stage must run compiled: dynamo counts what it gave up on."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    c = config(layers=10, layers_per_stage=1)
+    model = model_of(c, blocks=0)
+    ran = []
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def backend(graph, inputs):
+        compiled = aot_eager(graph, inputs)
+        return lambda *args: ran.append(1) or compiled(*args)
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+    for phase in grow.phases(c):
+        grow.enter(model, phase)
+        for block in model.blocks:
+            block.compile(dynamic=False, backend=backend)
+        ran.clear()
+        model(ids(1, 16), ids(1, 16))[1].backward()
+        assert len(ran) >= phase.depth, (phase, len(ran))
+    assert not torch._dynamo.utils.counters['graph_break']
+    assert len(torch._dynamo.utils.counters['frames']) and torch._dynamo.utils.counters['stats']['unique_graphs'] < 12
+
+
+def test_compiled_run_equals_eager(here):
+    if not any(map(grow.shutil.which, ('c++', 'g++', 'clang++'))):
+        pytest.skip('no C++ compiler')
+    grow.main(flags(out='eager', stage_tokens=128))
+    grow.main(flags(out='compiled', stage_tokens=128, compile=True))
+    a, b = (grow.load(f'{run}/latest.pt')['at']['history'][-1]['val_loss'] for run in ('eager', 'compiled'))
+    assert abs(a - b) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes of users
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--layers', '0'], ['--layers', 'range']), (['--d_model', '250', '--heads', '7'], ['--d_model', '--heads']),
+    (['--lr', 'nan'], ['--lr']), (['--layers', 'x'], ['--layers']), (['--no-such-flag'], ['--no-such-flag']),
+    (['--micro_batch', '3', '--batch_tokens', '1024', '--context', '128'], ['--micro_batch']), (['--stage_tokens', '5'], ['--stage_tokens'])])
+def test_bad_flags(here, capsys, argv, words):
+    fails(capsys, argv, *words, status=2)
+    assert not Path('out').exists()
+
+
+def test_missing_things_are_named(here, capsys):
+    fails(capsys, flags(out='run', data='nothing'), 'nothing', 'prepare_data.py')
+    fails(capsys, ['--sample', 'x', '--out', 'nowhere'], 'nowhere')
+    fails(capsys, ['--sample', 'x'], 'out')
+    fails(capsys, ['--resume', '--out', 'nowhere'], 'nowhere')
+    fails(capsys, flags(out='run2', substrate='no.npy'), 'no.npy')
+
+
+def test_damaged_checkpoints_are_refused(here, capsys):
+    grow.main(flags(out='run'))
+    whole = Path('run/latest.pt').read_bytes()
+    for damage in (b'', whole[:1000], whole[:-50], b'foreign' * 100):
+        Path('run/latest.pt').write_bytes(damage)
+        fails(capsys, ['--sample', 'x', '--out', 'run'], 'latest.pt')
+        fails(capsys, ['--resume', '--out', 'run'], 'latest.pt')
+
+
+def test_contradicting_resume_is_refused(here, capsys):
+    grow.main(flags(out='run'))
+    fails(capsys, ['--resume', '--out', 'run', '--layers', '5'], '--layers', status=2)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(here, capsys, monkeypatch):
+    original = prepare_data.Batches.batch
+
+    def poison(self, step):
+        if step == 5:
+            model[0].head.bias.data[7] = float('nan')
+        return original(self, step)
+    model, new_model = [], grow.new_model
+    monkeypatch.setattr(grow, 'new_model', lambda *args: model.append(new_model(*args)) or model[0])
+    monkeypatch.setattr(prepare_data.Batches, 'batch', poison)
+    fails(capsys, flags(out='run', save_every=0), 'not finite', 'step 6', 'latest.pt')
+    assert all(t.isfinite().all() for t in grow.load('run/latest.pt')['model'].values())
+
+
+def test_two_runs_on_one_folder(here, capsys):
+    out, lock = grow.open_out(config(out='run'))
+    fails(capsys, flags(out='run'), 'another process')
+
+
+def test_ctrl_c_writes_a_checkpoint(here, monkeypatch):
+    original, calls = grow.train_step, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+    monkeypatch.setattr(grow, 'train_step', interrupt)
+    with pytest.raises(SystemExit) as end:
+        grow.main(flags(out='run'))
+    assert end.value.code == 130 and grow.load('run/latest.pt')['at']['global_step'] == 13
+    monkeypatch.setattr(grow, 'train_step', original)
+    grow.main(['--resume', '--out', 'run'])
+    grow.main(flags(out='whole'))
+    assert same_weights('run', 'whole')
