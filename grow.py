@@ -32,100 +32,116 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import prepare_data
-from substrate import EOS, VOCAB, Parser, Substrate, UserError, cli, replacing, substrate, tokenizer, tokenizer_fingerprint
+from substrate import EOS, VOCAB, Parser, Substrate, UserError, cli, digest, replacing, substrate, tokenizer, tokenizer_fingerprint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hyperparameters. The command line is made from this block: `layers` is `--layers 9`. A default of None depends on the
 # device (PRESETS below). The paper gives the architecture; optimiser, schedule, batch and births are this project's choice.
 
 
-def opt(default, low, high, help):
-    """One hyperparameter: its default, its range (numbers) or choices (a tuple), and what it means."""
-    return field(default=default, metadata=dict(low=low, high=high, help=help))
+def opt(default, help, *allowed):
+    """A hyperparameter: default, meaning, and what is allowed: lowest and highest number, or the words to choose from."""
+    return field(default=default, metadata=dict(help=help, allowed=allowed))
 
 
 @dataclass
 class Config:
     # the model
-    layers: int = opt(9, 1, 1000, 'blocks of the finished model')
-    layers_per_stage: int = opt(3, 1, 1000, 'blocks that a stage appends and trains; the last stage takes the remainder')
-    monolithic: bool = opt(False, None, None, 'train all layers at once: the baseline')
-    substrate: str = opt('unicode', None, None, 'frozen token interface: unicode, binary, random, learned (not frozen), or a .npy/.pt file')
-    d_model: int = opt(None, 16, 16384, 'width')
-    heads: int = opt(None, 1, 1024, 'attention heads; d_model / heads must be even')
-    context: int = opt(None, 8, 65536, 'tokens that the model sees at once')
-    birth: str = opt('identity', ('random', 'identity'), None, 'new blocks: random, or identity (output projections zero: a no-op at birth)')
-    head_birth: str = opt('unigram', ('unigram', 'random'), None, 'output layer: weights zero and bias = log frequency of the tokens, or random')
+    layers: int = opt(9, 'blocks of the finished model', 1, 1000)
+    layers_per_stage: int = opt(3, 'blocks that a stage appends and trains; the last stage takes the remainder', 1, 1000)
+    monolithic: bool = opt(False, 'train all layers at once, on as many tokens: the baseline')
+    substrate: str = opt('unicode', 'token interface: unicode, binary, random, learned (the only one that trains), or a .npy or .pt file')
+    d_model: int = opt(None, 'width', 16, 16384)
+    heads: int = opt(None, 'attention heads; d_model / heads must be even', 1, 1024)
+    context: int = opt(None, 'tokens that the model sees at once', 8, 65536)
+    birth: str = opt('identity', 'new blocks: random; identity (output projections zero: an exact no-op); copy (of the block below)',
+                     'random', 'identity', 'copy')
+    head_birth: str = opt('unigram', 'output layer: weights zero and bias = log frequency of each token; or random', 'unigram', 'random')
     # the training
-    data: str = opt('stdlib', None, None, 'data set in data/, made by prepare_data.py')
-    stage_tokens: int = opt(None, 1, 10**12, 'training tokens of a stage')
-    batch_tokens: int = opt(None, 1, 10**8, 'tokens of an optimiser step')
-    micro_batch: int = opt(None, 1, 10**5, 'sequences that go through the model at once; gradients are accumulated over the rest')
-    lr: float = opt(None, 1e-8, 1, 'peak learning rate of the blocks')
-    head_lr: float = opt(None, 1e-8, 1, 'peak learning rate of the output layer')
-    warmup: int = opt(10, 0, 10**6, 'steps of linear warm-up at the start of every phase; a cosine to a tenth of the peak follows')
-    weight_decay: float = opt(0.1, 0, 1, 'AdamW weight decay of matrices')
-    clip: float = opt(1.0, 1e-6, 1e6, 'largest gradient norm')
-    eval_tokens: int = opt(None, 1, 10**12, 'validate on the first so many tokens of the val split, always the same')
-    seed: int = opt(0, 0, 2**31 - 1, 'of initial weights, data order and sampling')
+    data: str = opt('stdlib', 'data set in data/, made by prepare_data.py')
+    stage_tokens: int = opt(None, 'training tokens of a stage; the default never exceeds four epochs in all', 1, 10**12)
+    batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
+    micro_batch: int = opt(None, 'sequences that pass the model at once; gradients add up over the rest of the batch', 1, 10**5)
+    lr: float = opt(None, 'peak learning rate of the blocks', 1e-8, 1)
+    head_lr: float = opt(None, 'peak learning rate of the output layer', 1e-8, 1)
+    warmup: int = opt(10, 'steps of linear warm-up in every phase; then a cosine to a tenth of the peak', 0, 10**6)
+    weight_decay: float = opt(0.1, 'AdamW weight decay of matrices in blocks', 0, 1)
+    clip: float = opt(1.0, 'largest gradient norm', 1e-6, 1e6)
+    eval_tokens: int = opt(None, 'validate on the first so many tokens of the val split, always the same', 1, 10**12)
+    seed: int = opt(0, 'of weights at birth, data order and sampling', 0, 2**31 - 1)
+    # LoRA
+    lora: str = opt('none', 'low-rank adapters on frozen blocks: in phases of their own after stages (interleaved), or beside new blocks (joint)',
+                    'none', 'interleaved', 'joint')
+    lora_stages: str = opt('all', 'stages that a LoRA phase follows, such as 2,3; all: every one from the second')
+    lora_tokens: int = opt(None, 'training tokens of a LoRA phase; default: as many as a stage', 1, 10**12)
+    lora_rank: int = opt(16, 'rank of joint adapters; interleaved ones are as large as the budget allows', 1, 10**5)
+    lora_lr: float = opt(None, 'peak learning rate of adapters', 1e-8, 1)
     # the run
-    out: str = opt(None, None, None, 'folder of checkpoints and log; default: a new out/NNN, with --resume or --sample the newest')
-    resume: bool = opt(False, None, None, 'go on with the run in --out, exactly where its last checkpoint stands')
-    save_every: float = opt(None, 0, 10**4, 'minutes between checkpoints')
-    device: str = opt('auto', ('auto', 'cpu', 'cuda', 'mps'), None, 'auto takes cuda where there is one')
-    dtype: str = opt('auto', ('auto', 'float32', 'bfloat16'), None, 'of the matrix products; auto takes bfloat16 where the device does it natively')
-    compile: bool = opt(None, None, None, 'torch.compile the blocks and the loss; default: where a compiler is found')
-    plan: bool = opt(False, None, None, 'print the ledger of parameters, FLOPs and tokens; train nothing')
+    out: str = opt(None, 'folder of checkpoints and log; default: a new out/NNN, and the newest for --resume and --sample')
+    resume: bool = opt(False, 'go on with the run in --out exactly where its last checkpoint stands')
+    grow_from: str = opt(None, 'grow the finished model in this folder deeper, to --layers, on --data')
+    save_every: float = opt(None, 'minutes between checkpoints', 0, 10**4)
+    device: str = opt('auto', 'auto takes cuda where there is one', 'auto', 'cpu', 'cuda', 'mps')
+    dtype: str = opt('auto', 'of matrix products; auto takes bfloat16 where the device has it natively', 'auto', 'float32', 'bfloat16')
+    compile: bool = opt(None, 'torch.compile the blocks and the loss; default: where a compiler is found')
+    plan: bool = opt(False, 'print the ledger of parameters, FLOPs and tokens; train nothing')
     # sampling
-    sample: str = opt(None, None, None, 'continue this text with the model in --out; train nothing')
-    length: int = opt(300, 1, 10**6, 'tokens to sample')
-    temperature: float = opt(0.7, 0.01, 100, 'of sampling')
-    top_k: int = opt(40, 1, VOCAB, 'sample among so many of the most likely tokens')
+    sample: str = opt(None, 'continue this text with the model in --out; train nothing')
+    length: int = opt(300, 'tokens to sample', 1, 10**6)
+    temperature: float = opt(0.7, 'of sampling', 0.01, 100)
+    top_k: int = opt(40, 'sample among so many of the likeliest tokens', 1, VOCAB)
+    # not a flag: the depth and stage that --grow_from found
+    born_layers: int = 0
+    born_stage: int = 0
 
 
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=180_224, batch_tokens=1024, micro_batch=8, lr=2e-3, head_lr=4e-3,
-                   eval_tokens=32_768, save_every=1.0),
+    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=180_224, batch_tokens=512, micro_batch=4, lr=5e-4, head_lr=1e-2,
+                   lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
     'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4,
-                eval_tokens=10**12, save_every=10.0),  # the paper's model
+                lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
 }
-RUNTIME = {'out', 'resume', 'save_every', 'plan', 'sample', 'length', 'temperature', 'top_k'}  # what a resumed run may change
+RUNTIME = {'out', 'resume', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # what a resumed run may change
 
 
 def configure(argv):
     """Command line -> (Config, dict of the flags that were given). A bad flag ends in one sentence and exit status 2."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(Config):
-        low, high, help = f.metadata['low'], f.metadata['high'], f.metadata['help']
+    flags = [f for f in dataclasses.fields(Config) if f.metadata]
+    for f in flags:
         default = ', '.join(f'{p[f.name]:g} on a {name}' for name, p in PRESETS.items() if f.name in p) or f.default
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(low, tuple):
-            kind = dict(choices=low)
-        else:
-            kind = dict(type=f.type)
-            help += f'; {low:g} to {high:g}' if low is not None else ''
-        parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=f'{help} (default: {default})', **kind)
+        allowed, help = f.metadata['allowed'], f'{f.metadata["help"]} (default: {default})'
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(choices=allowed) if f.type is str and allowed else dict(type=f.type)
+        parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=help, **kind)
     given = vars(parser.parse_args(argv))
-    for f in dataclasses.fields(Config):
-        low, high = f.metadata['low'], f.metadata['high']
-        if f.name in given and f.type in (int, float) and not low <= given[f.name] <= high:
-            parser.error(f'--{f.name} {given[f.name]:g} is out of range: give a number from {low:g} to {high:g}')
-    if given.get('device', 'auto') == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    else:
-        device = given['device']
-    c = Config(**PRESETS['laptop' if device == 'cpu' else 'gpu'] | given | dict(device=device))
+    for f in flags:
+        if f.name in given and f.type in (int, float):
+            low, high = f.metadata['allowed']
+            if not low <= given[f.name] <= high:
+                parser.error(f'--{f.name} {given[f.name]:g} is out of range: give a number from {low:g} to {high:g}')
+    found = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    c = Config(**given)
+    if c.device == 'auto':
+        c.device = 'cuda' if found['cuda'] else 'cpu'
+    for name, value in PRESETS['laptop' if c.device == 'cpu' else 'gpu'].items():
+        if name not in given:
+            setattr(c, name, value)
+    if c.grow_from and not c.resume:
+        c = grown_config(c, given)
     if 'micro_batch' not in given:
-        c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context) or 1
-    if c.d_model % (2 * c.heads):
-        parser.error(f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}')
-    if c.batch_tokens % (c.micro_batch * c.context):
-        parser.error(f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch x --context, which is {c.micro_batch * c.context}')
-    if c.stage_tokens < c.batch_tokens:
-        parser.error(f'--stage_tokens {c.stage_tokens} is less than the --batch_tokens {c.batch_tokens} of one step')
-    if device != 'cpu' and not getattr(torch, device if device == 'cuda' else 'mps').is_available():
-        parser.error(f'--device {device}: this machine or this build of torch has none; leave the flag out')
+        c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context)
+    c.lora_tokens = c.lora_tokens or c.stage_tokens
+    for wrong, message in (
+            (not found[c.device], f'--device {c.device}: this machine, or this build of torch, has none; leave the flag out'),
+            (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
+            (c.batch_tokens % (c.micro_batch * c.context),
+             f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch {c.micro_batch} x --context {c.context}'),
+            (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
+            (c.monolithic and (c.lora != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
+            (c.lora_stages != 'all' and not all(s.isdecimal() for s in c.lora_stages.split(',')), f'--lora_stages {c.lora_stages} must be all, or numbers like 2,3'),
+            (c.resume and c.grow_from, '--resume goes on with a run, --grow_from begins one: give one of them')):
+        if wrong:
+            parser.error(message)
     return c, given
 
 
@@ -164,12 +180,19 @@ class Block(nn.Module):
     @torch.no_grad()
     def reset(self, birth, std_out, generator):
         """The weights at birth: normal(0, 0.02), the two output projections smaller, or zero (`identity`: an exact no-op)."""
+        if self.up.weight.is_meta:
+            return
         for linear in (self.qkv, self.up):
             linear.weight.normal_(0, 0.02, generator=generator)
         for linear in (self.out, self.down):
             linear.weight.normal_(0, std_out, generator=generator).mul_(birth != 'identity')
         self.up.bias.zero_()
         self.down.bias.zero_()
+
+
+def generator(*of):
+    """A random generator that depends on `of` alone, so that nothing random needs to be remembered over a kill."""
+    return torch.Generator().manual_seed(int(digest(*of)[:15], 16))
 
 
 def head_loss(h, weight, bias, targets):
@@ -197,11 +220,12 @@ class GrowingTransformer(nn.Module):
     def append(self, count):
         """Adds `count` new blocks. Block k is born from (seed, k) alone: grown, monolithic and resumed runs get the same one."""
         for k in range(len(self.blocks), len(self.blocks) + count):
-            block, device = Block(self.config.d_model, self.config.heads), self.head.weight.device
-            if device.type != 'meta':
-                generator = torch.Generator().manual_seed(1000 * self.config.seed + k)
-                block.reset(self.config.birth, 0.02 / math.sqrt(2 * self.config.layers), generator)
-            self.blocks.append(block.to(device))
+            block = Block(self.config.d_model, self.config.heads)
+            if self.config.birth == 'copy' and k:
+                block.load_state_dict(self.blocks[-1].state_dict())
+            else:
+                block.reset(self.config.birth, 0.02 / math.sqrt(2 * self.config.layers), generator(self.config.seed, 'block', k))
+            self.blocks.append(block.to(self.head.weight.device))
 
     def hidden(self, idx):
         """idx (B, T) -> the final LayerNorm's output (B, T, C): what a head reads."""
@@ -230,9 +254,53 @@ def new_model(c, batches):
             model.head.weight.zero_()
             model.head.bias.copy_(prepare_data.unigram_log_probs(batches))
         else:
-            model.head.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(1000 * c.seed + 999))
+            model.head.weight.normal_(0, 0.02, generator=generator(c.seed, 'head'))
             model.head.bias.zero_()
     return model.to(c.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA: a frozen linear layer learns a low-rank correction, which is then merged away (paper section 4)
+
+LINEARS = 'qkv', 'out', 'up', 'down'   # q, k and v share one adapter: 16 d r parameters a block
+
+
+class LoRA(nn.Module):
+    """W x + b + B A x with the linear layer (W, b) frozen; A (rank, in) is random, B (out, rank) zero: at birth an exact no-op.
+    No extra factor alpha / rank (unpublished; our choice)."""
+
+    def __init__(self, linear, rank, generator=None):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features, generator=generator, device='cpu') / math.sqrt(linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.to(linear.weight.device)
+
+    def forward(self, x):
+        return self.linear(x) + F.linear(F.linear(x, self.A), self.B)
+
+    @torch.no_grad()
+    def merged(self):
+        """The linear layer with the correction added to its weight; the adapter is spent."""
+        self.linear.weight += self.B @ self.A
+        self.B.zero_()
+        return self.linear
+
+
+def add_adapters(blocks, rank, *seed):
+    """Puts an adapter on the four linear layers of every block that has none yet."""
+    for k, block in enumerate(blocks):
+        for name in LINEARS:
+            if not isinstance(getattr(block, name), LoRA):
+                setattr(block, name, LoRA(getattr(block, name), rank, generator(*seed, k, name)))
+
+
+def merge_adapters(blocks):
+    """Adds every adapter to its linear layer and removes it: the model has the parameters it had before."""
+    for block in blocks:
+        for name in LINEARS:
+            if isinstance(getattr(block, name), LoRA):
+                setattr(block, name, getattr(block, name).merged())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,31 +310,50 @@ def new_model(c, batches):
 @dataclass
 class Phase:
     """A stretch of training with one trainable set, one optimiser and one schedule."""
-    kind: str       # 'grow'
+    kind: str       # 'grow': new blocks, or 'lora': adapters on all blocks
     stage: int      # from 1
     depth: int      # blocks in the model
     trained: int    # how many of them train: the topmost ones
     steps: int      # optimiser steps
+    rank: int = 0   # of the adapters on all other blocks; 0 = none
 
 
 def phases(c):
     """The run as a list of phases. The monolithic baseline is one phase over all blocks with as many tokens in all."""
-    depths = [*range(c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
-    steps = c.stage_tokens // c.batch_tokens
-    if c.monolithic:
-        return [Phase('grow', 1, c.layers, c.layers, steps * len(depths))]
-    below = [0, *depths]
-    return [Phase('grow', k + 1, depth, depth - below[k], steps) for k, depth in enumerate(depths)]
+    depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
+    steps, plan, below = c.stage_tokens // c.batch_tokens, [], c.born_layers
+    for stage, depth in enumerate(depths, start=c.born_stage + 1):
+        plan.append(Phase('grow', stage, depth, depth - below, steps, c.lora_rank if c.lora == 'joint' and below else 0))
+        wanted = stage >= 2 if c.lora_stages == 'all' else str(stage) in c.lora_stages.split(',')
+        if c.lora == 'interleaved' and wanted:
+            rank = c.layers_per_stage * (12 * c.d_model + 9) // (16 * depth)      # the largest with adapters <= a stage's blocks
+            plan.append(Phase('lora', stage, depth, 0, c.lora_tokens // c.batch_tokens, rank))
+        below = depth
+    return [Phase('grow', 1, c.layers, c.layers, sum(p.steps for p in plan))] if c.monolithic else plan
 
 
 def enter(model, phase):
-    """Appends the phase's new blocks and sets what trains: the topmost blocks, the final LayerNorm and the head; all else is
-    frozen. A `learned` interface trains with the first stage (so all the time in a monolithic run), any other never."""
+    """Appends the phase's new blocks and adapters, and sets what trains: the topmost blocks, adapters on the others if any, the
+    final LayerNorm and the head. A `learned` interface trains in stage 1 (so all the time in a monolithic run), any other never."""
+    c = model.config
     model.append(phase.depth - len(model.blocks))
     model.requires_grad_(False)
-    for part in (*model.blocks[phase.depth - phase.trained:], model.norm, model.head):
+    new, old = model.blocks[phase.depth - phase.trained:], model.blocks[:phase.depth - phase.trained]
+    if phase.rank:
+        add_adapters(old, phase.rank, c.seed, phase.stage)
+        for name, p in old.named_parameters():
+            p.requires_grad_(name.endswith(('.A', '.B')))
+    for part in (*new, model.norm, model.head):
         part.requires_grad_(True)
+    if not c.monolithic and c.lora != 'joint':
+        assert count(model.parameters(), active=True) <= budget(c), f'{phase} exceeds the budget of active parameters'
     model.interface.requires_grad_(model.interface.name == 'learned' and phase.stage == 1)
+
+
+def budget(c):
+    """The most parameters that may train at a time: the blocks of one stage, the head and the final LayerNorm."""
+    d = c.d_model
+    return c.layers_per_stage * (12 * d * d + 9 * d) + d * VOCAB + VOCAB + 2 * d
 
 
 def count(parameters, active=False):
@@ -275,22 +362,28 @@ def count(parameters, active=False):
 
 
 def flops_per_token(c, phase):
-    """Training FLOPs a token, (blocks, head): 2 a multiply-add, attention causal; backward twice the forward, none where frozen."""
-    block = 2 * 12 * c.d_model**2 + 2 * c.context * c.d_model
-    return block * (phase.depth + 2 * phase.trained), 3 * 2 * c.d_model * VOCAB
+    """Training FLOPs a token, (blocks, head): 2 a multiply-add, attention causal. A trained block costs its forward pass and twice
+    as much backward; a frozen one its forward pass; one with adapters also the way back through it, and the adapters."""
+    matrices, attention = 2 * 12 * c.d_model**2, 2 * c.context * c.d_model
+    frozen = matrices + attention
+    if phase.rank:
+        frozen += matrices + 2 * attention + 3 * 2 * 16 * c.d_model * phase.rank
+    return frozen * (phase.depth - phase.trained) + 3 * (matrices + attention) * phase.trained, 3 * 2 * c.d_model * VOCAB
 
 
 def ledger(c):
     """One dict a phase: what is frozen, what trains, what it costs. Built by the training code itself, on the meta device."""
     with torch.device('meta'):
-        model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, fingerprint=''))
+        model = GrowingTransformer(c, Substrate(c.substrate, c.d_model))
+        model.append(c.born_layers)
         rows = []
         for phase in phases(c):
             enter(model, phase)
             block_flops, head_flops = flops_per_token(c, phase)
             rows.append(dict(phase=phase.kind, stage=phase.stage, layers=phase.depth, frozen=phase.depth - phase.trained, trained=phase.trained,
-                             active=count(model.parameters(), active=True), total=count(model.parameters()),
+                             rank=phase.rank, active=count(model.parameters(), active=True), total=count(model.parameters()),
                              block_flops=block_flops, head_flops=head_flops, tokens=phase.steps * c.batch_tokens))
+            merge_adapters(model.blocks)
     return rows
 
 
@@ -304,13 +397,17 @@ def table(rows):
 
 def print_plan(c):
     """The ledger of this run, of the monolithic model, and of the monolithic model with a trainable embedding."""
-    mono = dataclasses.replace(c, monolithic=True)
-    for title, config in (('grown', dataclasses.replace(c, monolithic=False)), ('monolithic', mono),
+    mono = dataclasses.replace(c, monolithic=True, born_layers=0)
+    source = f', from the {c.born_layers} layers of {c.grow_from}' if c.grow_from else ''
+    for title, config in ((f'grown{source}', dataclasses.replace(c, monolithic=False)), ('monolithic', mono),
                           ('monolithic, trainable embedding', dataclasses.replace(mono, substrate='learned'))):
         rows = ledger(config)
-        work = sum((r['block_flops'] + r['head_flops']) * r['tokens'] for r in rows)
-        print(f'{title}: {config.substrate} substrate, {work:.3g} FLOPs in all, of them blocks {sum(r["block_flops"] * r["tokens"] for r in rows):.3g}')
         table(rows)
+        blocks, head = (sum(r[kind] * r['tokens'] for r in rows) for kind in ('block_flops', 'head_flops'))
+        print(f'{title}: {blocks + head:.3g} training FLOPs, of them {blocks:.3g} in blocks')
+        over = max(r['active'] for r in rows) - budget(c)
+        if c.lora == 'joint' and over > 0 and not config.monolithic:
+            print(f'joint adapters exceed the budget of {budget(c):,} active parameters by up to {over:,}')
         print()
 
 
@@ -351,11 +448,13 @@ def compile_model(model):
 def make_optimizer(model, c):
     """AdamW over exactly the trainable parameters; a fresh one for every phase, since a frozen tensor that stays in an optimiser
     still moves by weight decay and momentum."""
-    head, matrices, vectors = [], [], []
+    matrices, vectors, adapters, head = [], [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (head if name.startswith('head') else matrices if p.dim() == 2 and name != 'interface.table' else vectors).append(p)
-    groups = [dict(params=matrices, lr=c.lr, weight_decay=c.weight_decay), dict(params=vectors, lr=c.lr), dict(params=head, lr=c.head_lr)]
+            kind = head if name.startswith('head') else adapters if name.endswith(('.A', '.B')) else matrices if name.endswith('.weight') and p.dim() == 2 else vectors
+            kind.append(p)
+    groups = [dict(params=matrices, lr=c.lr, weight_decay=c.weight_decay), dict(params=vectors, lr=c.lr),     # the table of a learned
+              dict(params=adapters, lr=c.lora_lr), dict(params=head, lr=c.head_lr)]                           # interface is with vectors
     for group in groups:
         group['peak'] = group['lr']
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -384,27 +483,36 @@ def save(path, **content):
 def load(path):
     """Reads a checkpoint: tensors and plain values only, never code. Raises UserError naming the file that cannot be read."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'{path} does not exist: --out must name the folder of a run') from None
     except Exception as error:
-        raise UserError(f'{path} is damaged or not a checkpoint of grow.py ({type(error).__name__}): restore it, or start a new run') from None
+        raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__}): restore it, or start a new run') from None
+    if not isinstance(ckpt, dict) or not {'config', 'depth', 'interface', 'tokenizer', 'model'} <= ckpt.keys():
+        raise UserError(f'{path} is not a checkpoint of grow.py: name a run of this program')
+    if ckpt['tokenizer'] != tokenizer_fingerprint():
+        raise UserError(f'{path} was trained with another list of n-grams: put interface/ngrams.txt of that time in place')
+    return ckpt
 
 
-def restore(ckpt):
-    """Checkpoint -> its model, with as many blocks as it had, its own interface table, and everything frozen."""
-    c = Config(**ckpt['config'])
-    interface = Substrate(c.substrate, c.d_model, fingerprint=ckpt['interface'])
-    model = GrowingTransformer(c, interface)
+def restore(ckpt, c=None):
+    """Checkpoint -> its model (to go on under another config c), with its own interface table, and everything frozen."""
+    c = c or Config(**ckpt['config'])
+    model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, ckpt['interface']))
     model.append(ckpt['depth'])
+    for name, tensor in ckpt['model'].items():
+        if name.endswith('qkv.A'):                   # saved in the middle of a LoRA phase
+            add_adapters([model.blocks[int(name.split('.')[1])]], len(tensor))
     model.load_state_dict(ckpt['model'])
     return model.requires_grad_(False)
 
 
 def load_model(path, device='cpu'):
-    """A run's folder (its latest state) or a checkpoint file -> the model in eval mode, float32."""
+    """A run's folder (its latest state) or a checkpoint file -> the model in eval mode, float32, adapters merged."""
     path = Path(path)
-    return restore(load(path / 'latest.pt' if path.is_dir() or not path.suffix else path)).to(device).eval()
+    model = restore(load(path if path.is_file() else path / 'latest.pt'))
+    merge_adapters(model.blocks)
+    return model.to(device).eval()
 
 
 def open_out(c):
@@ -412,8 +520,8 @@ def open_out(c):
     import fcntl                                     # Linux and macOS
     c.out = c.out or newest_out() if c.resume else c.out or f'out/{1 + max(numbered_outs(), default=0):03d}'
     out = Path(c.out)
-    if c.resume and not out.is_dir():
-        raise UserError(f'--resume: there is no folder {out}')
+    if c.resume and not (out / 'latest.pt').exists():
+        raise UserError(f'{out} holds no checkpoint to resume: leave out --resume to start there')
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / 'lock', 'w')
     try:
@@ -523,10 +631,26 @@ def open_data(c):
     return prepare_data.Dataset(c.data)
 
 
+def grown_config(c, given):
+    """The config for --grow_from: its model's sizes and interface, and the depth and stage from which it grows on."""
+    path = Path(c.grow_from) / 'latest.pt'
+    ckpt = load(path)
+    source = Config(**ckpt['config'])
+    for name in ('substrate', 'd_model', 'heads', 'context'):
+        if name in given and given[name] != getattr(source, name):
+            raise UserError(f'--{name} {given[name]} contradicts the model in {path}, which has {getattr(source, name)}: leave the flag out', status=2)
+        setattr(c, name, getattr(source, name))
+    if ckpt['at']['phase'] < len(phases(source)):
+        raise UserError(f'the run in {c.grow_from} is not finished: finish it by --resume first')
+    if c.layers <= ckpt['depth']:
+        raise UserError(f'--layers {c.layers}: the model in {c.grow_from} has {ckpt["depth"]} already; give a larger number', status=2)
+    return dataclasses.replace(c, born_layers=ckpt['depth'], born_stage=phases(source)[-1].stage)
+
+
 def train(c, given):
     """The main job: grows a model phase by phase, or goes on where OUT/latest.pt stands. -> the folder of the run."""
     out, lock = open_out(c)
-    ckpt = load(out / 'latest.pt') if c.resume and (out / 'latest.pt').exists() else None
+    ckpt = load(out / 'latest.pt') if c.resume else None
     c = resumed_config(c, given, ckpt, out) if ckpt else c
     amp = set_up(c)
     plan = phases(c)
@@ -542,13 +666,17 @@ def train(c, given):
         if ckpt['machine'] != machine(c):
             print(f'note: the run began on {ckpt["machine"]}; here it is {machine(c)}: it goes on, but not to the same bits')
         print(f'resuming {out} at phase {at["phase"] + 1} of {len(plan)}, step {at["step"]}')
-    model = restore(ckpt).to(c.device) if ckpt else new_model(c, batches)
+    if ckpt or c.grow_from:
+        model = restore(ckpt or load(Path(c.grow_from) / 'latest.pt'), c).to(c.device)
+    else:
+        model = new_model(c, batches)
     log = open(out / 'log.csv', 'a')
     log.truncate(at['log_bytes'])                     # rows after the checkpoint are about to be written again
     if not at['log_bytes']:
         log.write(','.join(COLUMNS) + '\n')
 
     def log_row(**row):
+        row |= dict(phase=phase.kind, stage=phase.stage, step=at['step'], tokens=at['global_step'] * c.batch_tokens, seconds=f'{at["seconds"]:.1f}', **sizes)
         log.write(','.join(str(row.get(column, '')) for column in COLUMNS) + '\n')
 
     def save_as(name, **more):
@@ -571,29 +699,29 @@ def train(c, given):
         if at['step']:
             optimizer.load_state_dict(ckpt['optimizer'])
         sizes = dict(active_params=count(model.parameters(), active=True), total_params=count(model.parameters()))
-        print(f'stage {phase.stage}: {phase.depth} blocks, {phase.depth - phase.trained} of them frozen; {sizes["active_params"]:,} of '
-              f'{sizes["total_params"]:,} parameters are active; {phase.steps * c.batch_tokens:,} tokens')
+        adapters = f' with adapters of rank {phase.rank}' if phase.rank else ''
+        print(f'{phase.kind} {phase.stage}: {phase.depth} blocks, {phase.depth - phase.trained} of them frozen{adapters}; '
+              f'{sizes["active_params"]:,} of {sizes["total_params"]:,} parameters are active; {phase.steps * c.batch_tokens:,} tokens')
 
         # ---- its steps
         model.train()
         left = sum(p.steps for p in plan[at['phase']:]) - at['step']
         clock = saved = time.monotonic()
-        seconds, logged = at['seconds'], at['step']
+        seconds, logged, speed = at['seconds'], at['step'], 0.0
         while at['step'] < phase.steps:
             for group in optimizer.param_groups:
                 group['lr'] = group['peak'] * lr_factor(c, at['step'], phase.steps)
             loss, norm = train_step(model, optimizer, batches, at['global_step'], c, amp)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(f'loss {loss}, gradient norm {norm} at stage {phase.stage}, step {at["step"] + 1}: not finite, so nothing was updated; '
-                                f'{out}/latest.pt holds the last good state; start again with a lower --lr')
+                raise UserError(f'loss {loss}, gradient norm {norm} in {phase.kind} {phase.stage}, step {at["step"] + 1}: not finite, so nothing '
+                                f'was updated; {out}/latest.pt holds the last good state; start again with a lower --lr')
             at.update(step=at['step'] + 1, global_step=at['global_step'] + 1, seconds=at['seconds'] + time.monotonic() - clock)
             left -= 1
             if at['step'] % LOG_EVERY == 0 or at['step'] == phase.steps:
                 speed = (at['step'] - logged) * c.batch_tokens / (at['seconds'] - seconds)
                 seconds, logged, lr = at['seconds'], at['step'], optimizer.param_groups[0]['lr']
-                log_row(phase=phase.kind, stage=phase.stage, step=at['step'], tokens=at['global_step'] * c.batch_tokens, seconds=f'{seconds:.1f}',
-                        train_loss=f'{loss:.5f}', lr=f'{lr:.3e}', tokens_per_s=f'{speed:.0f}', **sizes)
-                print(f'stage {phase.stage} | step {at["step"]:5d}/{phase.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.3f} | '
+                log_row(train_loss=f'{loss:.5f}', lr=f'{lr:.3e}', tokens_per_s=f'{speed:.0f}')
+                print(f'{phase.kind} {phase.stage} | step {at["step"]:5d}/{phase.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.3f} | '
                       f'{speed:9,.0f} tok/s | {clock_time(left * c.batch_tokens / speed)} left', flush=True)
             if stop or time.monotonic() - saved > 60 * c.save_every:
                 save_as('latest.pt', optimizer=optimizer.state_dict())
@@ -606,13 +734,17 @@ def train(c, given):
         # ---- its result
         model.eval()
         val_loss = evaluate(model, dataset, c, amp)
-        log_row(phase=phase.kind, stage=phase.stage, step=at['step'], tokens=at['global_step'] * c.batch_tokens, seconds=f'{at["seconds"]:.1f}',
-                val_loss=f'{val_loss:.5f}', **sizes)
-        at['history'].append(dict(stage=phase.stage, layers=phase.depth, **sizes, tokens=at['global_step'] * c.batch_tokens, val_loss=val_loss,
-                                  perplexity=math.exp(val_loss), bits_per_byte=bits_per_byte(val_loss, dataset), tokens_per_s=round(speed)))
-        print(f'stage {phase.stage}: val loss {val_loss:.4f}')
+        if phase.rank:
+            merge_adapters(model.blocks)
+            unmerged, val_loss = val_loss, evaluate(model, dataset, c, amp)
+            print(f'adapters of rank {phase.rank} merged: val loss {unmerged:.6f} before, {val_loss:.6f} after')
+        log_row(val_loss=f'{val_loss:.5f}')
+        at['history'].append(dict(phase=phase.kind, stage=phase.stage, layers=phase.depth, rank=phase.rank, **sizes,
+                                  tokens=at['global_step'] * c.batch_tokens, val_loss=val_loss, perplexity=math.exp(val_loss),
+                                  bits_per_byte=bits_per_byte(val_loss, dataset), tokens_per_s=round(speed)))
+        print(f'{phase.kind} {phase.stage}: val loss {val_loss:.4f}')
         at.update(phase=at['phase'] + 1, step=0)
-        save_as(f'stage_{phase.stage}.pt')
+        save_as(f'stage_{phase.stage}.pt')            # after a LoRA phase once more
         save_as('latest.pt', optimizer=None)
     report(model, at, dataset, batches, c, amp)
     return out

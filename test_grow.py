@@ -787,6 +787,154 @@ def test_same_seed_same_run_and_monolithic_sees_the_same_batches(here, monkeypat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LoRA: within the budget, exact at birth, and gone after the merge
+
+
+def test_lora_budget_of_the_paper():
+    c = config(**PAPER | dict(layers=16, layers_per_stage=3, lora='interleaved', lora_tokens=640))
+    rows = grow.ledger(c)
+    assert max(r['active'] for r in rows) == 104_952_832 == grow.budget(c)
+    assert [(r['layers'], r['rank']) for r in rows if r['phase'] == 'lora'] == [(6, 384), (9, 256), (12, 192), (15, 153), (16, 144)]
+    for r in rows:
+        if r['phase'] == 'lora':       # one rank more would not fit
+            assert r['active'] <= grow.budget(c) < r['active'] + 16 * 1024 * r['layers']
+    joint = grow.ledger(config(**PAPER | dict(layers=9, layers_per_stage=3, lora='joint', lora_rank=16)))
+    assert joint[-1]['active'] - grow.budget(c) == 16 * 1024 * 16 * 6
+
+
+def test_merge_by_hand():
+    linear = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1., 2.], [3., 4.]]))
+        linear.bias.copy_(torch.tensor([10., 20.]))
+    lora = grow.LoRA(linear, 1)
+    with torch.no_grad():
+        lora.A.copy_(torch.tensor([[5., 6.]]))
+        lora.B.copy_(torch.tensor([[1.], [-1.]]))
+    x = torch.tensor([1., 1.])
+    # W x + b = (13, 27); A x = 11; B A x = (11, -11)
+    assert lora(x).tolist() == [24., 16.]
+    merged = lora.merged()
+    assert merged is linear and merged.weight.tolist() == [[6., 8.], [-2., -2.]] and merged(x).tolist() == [24., 16.]
+    lora.merged()                                       # twice is harmless
+    assert linear.weight.tolist() == [[6., 8.], [-2., -2.]]
+
+
+def test_lora_against_peft():
+    peft = pytest.importorskip('peft')
+    block = grow.Block(32, 4)
+    block.reset('random', 0.02, torch.Generator().manual_seed(0))
+    grow.add_adapters([block], 4, 'test')
+    other = grow.Block(32, 4)
+    other.load_state_dict({name.replace('linear.', ''): p for name, p in block.state_dict().items() if not name.endswith(('.A', '.B'))})
+    other = peft.get_peft_model(other, peft.LoraConfig(r=4, lora_alpha=4, target_modules=list(grow.LINEARS)))
+    with torch.no_grad():
+        for name in grow.LINEARS:
+            ours, theirs = getattr(block, name), getattr(other.base_model.model, name)
+            ours.B.normal_(0, 0.1)
+            theirs.lora_A['default'].weight.copy_(ours.A)
+            theirs.lora_B['default'].weight.copy_(ours.B)
+    x, one = torch.randn(2, 7, 32), torch.ones(7, 4)
+    with torch.no_grad():
+        assert torch.allclose(block(x, one, 0 * one), other(x, one, 0 * one), atol=1e-6)
+        grow.merge_adapters([block])
+        other = other.merge_and_unload()
+        for name in grow.LINEARS:
+            assert torch.allclose(getattr(block, name).weight, getattr(other, name).weight, atol=1e-6)
+
+
+def test_adapters_are_exact_at_birth_and_merge_to_the_same_function():
+    model, x = model_of(config(birth='random')), ids(2, 16)
+    names, count = list(model.state_dict()), grow.count(model.parameters())
+    with torch.no_grad():
+        before = model(x)
+        grow.add_adapters(model.blocks, 3, 'test')
+        grow.add_adapters(model.blocks, 3, 'test')      # twice is harmless
+        assert torch.equal(before, model(x)) and grow.count(model.parameters()) == count + 3 * 16 * 32 * 3
+        for block in model.blocks:
+            for name in grow.LINEARS:
+                getattr(block, name).B.normal_(0, 0.1)
+        trained = model(x)
+        assert not torch.allclose(before, trained, atol=1e-3)
+        grow.merge_adapters(model.blocks)
+        grow.merge_adapters(model.blocks)
+        assert torch.allclose(trained, model(x), atol=1e-5)
+    assert list(model.state_dict()) == names and grow.count(model.parameters()) == count
+
+
+LORA = dict(lora='interleaved', lora_tokens=320, lora_lr=1e-2)
+
+
+def test_lora_phase_trains_all_blocks_and_merges(here, capsys):
+    grow.main(flags(out='run', **LORA, lora_stages=2))
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if 'merged' in line)
+    before, after = (float(word.strip(',')) for word in line.replace('after', '').replace('before', '').split() if word.strip(',').replace('.', '').isdigit() and '.' in word)
+    assert abs(before - after) < 1e-5
+    first, second = (grow.load(f'run/stage_{k}.pt')['model'] for k in (1, 2))
+    assert not any(name.endswith('.A') for name in second)
+    assert not torch.equal(first['blocks.0.qkv.weight'], second['blocks.0.qkv.weight'])
+    assert torch.equal(first['blocks.0.norm1.weight'], second['blocks.0.norm1.weight'])
+    rows = Path('run/log.csv').read_text().splitlines()
+    assert [row.split(',')[:2] for row in rows if row.split(',')[6]][1:] == [['grow', '1'], ['grow', '2'], ['lora', '2'], ['grow', '3']]
+
+
+def test_joint_adapters_train_beside_new_blocks(here):
+    grow.main(flags(out='run', lora='joint', lora_rank=2, lora_lr=1e-2))
+    first, second = (grow.load(f'run/stage_{k}.pt')['model'] for k in (1, 2))
+    assert not torch.equal(first['blocks.0.up.weight'], second['blocks.0.up.weight']) and 'blocks.0.up.A' not in second
+
+
+@pytest.mark.parametrize('stop_at', [23, 25, 26])
+def test_killed_in_a_lora_phase_at_its_merge_and_after(here, monkeypatch, stop_at):
+    """Steps 20-24 are the LoRA phase of stage 2; 'at its merge' is a crash inside merge_adapters, with the last checkpoint before it."""
+    grow.main(flags(out='whole', **LORA, lora_stages=2))
+    at_merge = stop_at == 25
+    name = 'merge_adapters' if at_merge else 'train_step'
+    original, calls = getattr(grow, name), []
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == (1 if at_merge else stop_at):
+            if at_merge:
+                getattr(args[0][0], 'qkv').merged()     # half-merged in memory when it dies
+            raise RuntimeError('crash')
+        return original(*args)
+    monkeypatch.setattr(grow, name, crash)
+    with pytest.raises(RuntimeError):
+        grow.main(flags(out='cut', save_every=0, **LORA, lora_stages=2))
+    monkeypatch.setattr(grow, name, original)
+    if stop_at == 23:
+        model = grow.load_model('cut')                   # in the middle: adapters merged on loading
+        assert not any(name.endswith('.A') for name in model.state_dict())
+    grow.main(['--resume', '--out', 'cut'])
+    assert same_weights('whole', 'cut')
+
+
+def test_copied_block_is_the_block_below():
+    model = model_of(config(birth='copy'), blocks=2)
+    for a, b in zip(model.blocks[0].parameters(), model.blocks[1].parameters()):
+        assert torch.equal(a, b) and a is not b
+
+
+def test_growing_a_finished_model_further(here, capsys):
+    grow.main(flags(out='small', substrate='random'))
+    prepare_data.prepare('other', texts(seed=1), 'made up', 'mine')
+    grow.main(['--layers', '5', '--grow_from', 'small', '--out', 'large', '--data', 'mine/other', '--device', 'cpu', '--no-compile', '--dtype', 'float32',
+              '--layers_per_stage', '1', '--stage_tokens', '320', '--batch_tokens', '64', '--eval_tokens', '256'])
+    old, new = grow.load('small/latest.pt'), grow.load('large/latest.pt')
+    assert new['depth'] == 5 and new['config']['grow_from'] == 'small' and 'small' in capsys.readouterr().out
+    assert [row['stage'] for row in new['at']['history']] == [4, 5]
+    for name, value in old['model'].items():
+        if name.startswith(('blocks', 'interface')):
+            assert torch.equal(value, new['model'][name])
+    fails(capsys, ['--grow_from', 'small', '--layers', '3'], '--layers', status=2)
+    fails(capsys, ['--grow_from', 'small', '--layers', '5', '--d_model', '64'], '--d_model', status=2)
+    grow.main(['--plan', '--grow_from', 'small', '--layers', '5'])
+    assert 'small' in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
