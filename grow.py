@@ -58,7 +58,7 @@ class Config:
                      'random', 'identity', 'copy')
     head_birth: str = opt('unigram', 'output layer: weights zero and bias = log frequency of each token; or random', 'unigram', 'random')
     # the training
-    data: str = opt('stdlib', 'data set in data/, made by prepare_data.py')
+    data: tuple = opt(('stdlib',), 'data sets in data/, made by prepare_data.py; several are mixed in whole-number proportions: ru:3 en:1')
     stage_tokens: int = opt(None, 'training tokens of a stage; the default never exceeds four epochs in all', 1, 10**12)
     batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
     micro_batch: int = opt(None, 'sequences that pass the model at once; gradients add up over the rest of the batch', 1, 10**5)
@@ -76,6 +76,10 @@ class Config:
     lora_tokens: int = opt(None, 'training tokens of a LoRA phase; default: as many as a stage', 1, 10**12)
     lora_rank: int = opt(16, 'rank of joint adapters; interleaved ones are as large as the budget allows', 1, 10**5)
     lora_lr: float = opt(None, 'peak learning rate of adapters', 1e-8, 1)
+    # experts
+    moe: tuple = opt((), 'folders of two or more trained experts: average their logits and evaluate on every --data')
+    tune_heads: int = opt(0, 'then train the output layer of the merged model on so many tokens of mixed --data', 0, 10**12)
+    allow_mismatch: bool = opt(False, 'merge experts whose interfaces differ: each reads through its own')
     # the run
     out: str = opt(None, 'folder of checkpoints and log; default: a new out/NNN, and the newest for --resume and --sample')
     resume: bool = opt(False, 'go on with the run in --out exactly where its last checkpoint stands')
@@ -111,10 +115,13 @@ def configure(argv):
     for f in flags:
         default = ', '.join(f'{p[f.name]:g} on a {name}' for name, p in PRESETS.items() if f.name in p) or f.default
         allowed, help = f.metadata['allowed'], f'{f.metadata["help"]} (default: {default})'
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(choices=allowed) if f.type is str and allowed else dict(type=f.type)
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(nargs='+') if f.type is tuple else
+                dict(choices=allowed) if f.type is str and allowed else dict(type=f.type))
         parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=help, **kind)
     given = vars(parser.parse_args(argv))
     for f in flags:
+        if f.name in given and f.type is tuple:
+            given[f.name] = tuple(given[f.name])
         if f.name in given and f.type in (int, float):
             low, high = f.metadata['allowed']
             if not low <= given[f.name] <= high:
@@ -128,6 +135,10 @@ def configure(argv):
             setattr(c, name, value)
     if c.grow_from and not c.resume:
         c = grown_config(c, given)
+    if c.moe:
+        c.context = load(Path(c.moe[0]) / 'latest.pt')['config']['context']
+    if 'batch_tokens' not in given:                  # whole sequences
+        c.batch_tokens = max(1, c.batch_tokens // c.context) * c.context
     if 'micro_batch' not in given:
         c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context)
     c.lora_tokens = c.lora_tokens or c.stage_tokens
@@ -139,6 +150,8 @@ def configure(argv):
             (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.monolithic and (c.lora != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
             (c.lora_stages != 'all' and not all(s.isdecimal() for s in c.lora_stages.split(',')), f'--lora_stages {c.lora_stages} must be all, or numbers like 2,3'),
+            (len(c.moe) == 1 or c.tune_heads and not c.moe, '--moe needs two experts or more, and --tune_heads needs --moe'),
+            (c.tune_heads and c.tune_heads < c.batch_tokens, f'--tune_heads must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.resume and c.grow_from, '--resume goes on with a run, --grow_from begins one: give one of them')):
         if wrong:
             parser.error(message)
@@ -310,7 +323,7 @@ def merge_adapters(blocks):
 @dataclass
 class Phase:
     """A stretch of training with one trainable set, one optimiser and one schedule."""
-    kind: str       # 'grow': new blocks, or 'lora': adapters on all blocks
+    kind: str       # 'grow': new blocks; 'lora': adapters on all blocks; 'tune': the head of a mixture of experts
     stage: int      # from 1
     depth: int      # blocks in the model
     trained: int    # how many of them train: the topmost ones
@@ -322,6 +335,8 @@ def phases(c):
     """The run as a list of phases. The monolithic baseline is one phase over all blocks with as many tokens in all."""
     depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
     steps, plan, below = c.stage_tokens // c.batch_tokens, [], c.born_layers
+    if c.moe:
+        return [Phase('tune', 1, 0, 0, c.tune_heads // c.batch_tokens)]
     for stage, depth in enumerate(depths, start=c.born_stage + 1):
         plan.append(Phase('grow', stage, depth, depth - below, steps, c.lora_rank if c.lora == 'joint' and below else 0))
         wanted = stage >= 2 if c.lora_stages == 'all' else str(stage) in c.lora_stages.split(',')
@@ -336,6 +351,9 @@ def enter(model, phase):
     """Appends the phase's new blocks and adapters, and sets what trains: the topmost blocks, adapters on the others if any, the
     final LayerNorm and the head. A `learned` interface trains in stage 1 (so all the time in a monolithic run), any other never."""
     c = model.config
+    if phase.kind == 'tune':
+        model.requires_grad_(False).head.requires_grad_(True)
+        return
     model.append(phase.depth - len(model.blocks))
     model.requires_grad_(False)
     new, old = model.blocks[phase.depth - phase.trained:], model.blocks[:phase.depth - phase.trained]
@@ -409,6 +427,82 @@ def print_plan(c):
         if c.lora == 'joint' and over > 0 and not config.monolithic:
             print(f'joint adapters exceed the budget of {budget(c):,} active parameters by up to {over:,}')
         print()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Composition: experts trained apart on one interface become one model by averaging their logits (paper section 5)
+
+
+class MixtureOfExperts(nn.Module):
+    """The mean of the experts' logits, as a model like any other. Their heads are linear, so the mean of the logits is one linear
+    head on the concatenated hidden states: never experts x B x T x V logits. It takes over the experts' heads and interface."""
+
+    def __init__(self, experts):
+        super().__init__()
+        n = len(experts)
+        self.config = dataclasses.replace(experts[0].config, context=min(e.config.context for e in experts))
+        self.head = nn.Linear(sum(e.config.d_model for e in experts), VOCAB, device=experts[0].head.weight.device)
+        with torch.no_grad():
+            torch.cat([e.head.weight / n for e in experts], dim=1, out=self.head.weight.data)
+            self.head.bias.copy_(sum(e.head.bias for e in experts) / n)
+        self.experts, self.head_loss = nn.ModuleList(experts), head_loss
+        for e in experts:
+            e.head = None
+
+    def share_interface(self):
+        """Keeps equal tables once in memory."""
+        for e in self.experts[1:]:
+            if not tables_differ([self.experts[0], e]):
+                e.interface.table = self.experts[0].interface.table
+        return self
+
+    @property
+    def blocks(self):
+        return [block for e in self.experts for block in e.blocks]
+
+    def hidden(self, idx):
+        """idx (B, T) -> B, T, sum of the experts' widths."""
+        return torch.cat([e.hidden(idx) for e in self.experts], dim=-1)
+
+    forward = GrowingTransformer.forward
+
+
+def tables_differ(experts):
+    """What keeps experts from sharing an interface, in words, or ''. The tables are compared themselves, not their names (SPEC: within 1e-5)."""
+    first, *others = [e.interface for e in experts]
+    for other in others:
+        if first.table.shape != other.table.shape:
+            return f'the table of {first.name} is {tuple(first.table.shape)}, that of {other.name} {tuple(other.table.shape)}'
+        difference = (first.table - other.table).abs().max().item()
+        if not difference <= 1e-5:
+            return f'the tables of {first.name} and {other.name} differ by up to {difference:.2g}'
+    return ''
+
+
+def merge_experts(c):
+    """The experts of --moe as one model on c.device. Raises UserError if their interfaces differ, unless that is allowed."""
+    experts = [load_model(path) for path in c.moe]
+    if any(isinstance(e, MixtureOfExperts) for e in experts):
+        raise UserError('--moe takes grown models, and one of these is a mixture already: name its experts instead')
+    if (why := tables_differ(experts)) and not c.allow_mismatch:
+        raise UserError(f'these experts have no common interface: {why}; train them on the same substrate, or give --allow_mismatch')
+    return MixtureOfExperts(experts).share_interface().to(c.device).eval()
+
+
+def compare_experts(c):
+    """Prints the loss of every expert and of their mean on every data set, beside n-gram baselines counted on its training split."""
+    amp, (datasets, _), rows = set_up(c), open_data(c), []
+    merged = merge_experts(c)                         # refuses before anything is computed
+    for name, model in [(path, None) for path in c.moe] + [('merged', merged)]:
+        model = model or load_model(name, c.device)
+        if c.compile:
+            compile_model(model)
+        rows += [dict(model=name, data=d.name, **in_units(evaluate(model, d, c, amp), d)) for d in datasets]
+    for d in datasets:
+        batches = prepare_data.Batches([d], [1], c.seed, 64, c.context)
+        losses = prepare_data.ngram_losses(batches, len(batches.sequences[0]) // 64, d, c.eval_tokens)
+        rows += [dict(model=name, data=d.name, **in_units(loss, d)) for name, loss in zip(('unigram', 'bigram'), losses)]
+    table(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,7 +582,7 @@ def load(path):
         raise UserError(f'{path} does not exist: --out must name the folder of a run') from None
     except Exception as error:
         raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__}): restore it, or start a new run') from None
-    if not isinstance(ckpt, dict) or not {'config', 'depth', 'interface', 'tokenizer', 'model'} <= ckpt.keys():
+    if not isinstance(ckpt, dict) or not {'config', 'tokenizer', 'model'} <= ckpt.keys():
         raise UserError(f'{path} is not a checkpoint of grow.py: name a run of this program')
     if ckpt['tokenizer'] != tokenizer_fingerprint():
         raise UserError(f'{path} was trained with another list of n-grams: put interface/ngrams.txt of that time in place')
@@ -497,21 +591,35 @@ def load(path):
 
 def restore(ckpt, c=None):
     """Checkpoint -> its model (to go on under another config c), with its own interface table, and everything frozen."""
-    c = c or Config(**ckpt['config'])
-    model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, ckpt['interface']))
-    model.append(ckpt['depth'])
+    if 'experts' in ckpt:
+        model = MixtureOfExperts([bare_model(Config(**e['config']), e) for e in ckpt['experts']])
+    else:
+        model = bare_model(c or Config(**ckpt['config']), ckpt)
     for name, tensor in ckpt['model'].items():
-        if name.endswith('qkv.A'):                   # saved in the middle of a LoRA phase
+        if name.endswith('qkv.A'):                    # saved in the middle of a LoRA phase
             add_adapters([model.blocks[int(name.split('.')[1])]], len(tensor))
     model.load_state_dict(ckpt['model'])
-    return model.requires_grad_(False)
+    return (model.share_interface() if 'experts' in ckpt else model).requires_grad_(False)
+
+
+def parts(model):
+    """What `bare_model` needs to build the model again, for its checkpoint."""
+    if isinstance(model, MixtureOfExperts):
+        return dict(experts=[dict(config=dataclasses.asdict(e.config), **parts(e)) for e in model.experts])
+    return dict(depth=len(model.blocks), interface=model.interface.fingerprint)
+
+
+def bare_model(c, ckpt):
+    model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, ckpt['interface']))
+    model.append(ckpt['depth'])
+    return model
 
 
 def load_model(path, device='cpu'):
     """A run's folder (its latest state) or a checkpoint file -> the model in eval mode, float32, adapters merged."""
     path = Path(path)
     model = restore(load(path if path.is_file() else path / 'latest.pt'))
-    merge_adapters(model.blocks)
+    merge_adapters(model.blocks)                      # a run may have been stopped in a LoRA phase
     return model.to(device).eval()
 
 
@@ -562,6 +670,18 @@ def evaluate(model, dataset, c, amp):
         tokens += (valid := (targets != -100).sum().item())
         total += loss.item() * valid
     return total / tokens
+
+
+def in_units(loss, dataset):
+    """A loss in nats a token -> the three units in which it is read."""
+    return dict(val_loss=loss, perplexity=math.exp(loss), bits_per_byte=loss / math.log(2) / dataset.bytes_per_token)
+
+
+def validate(model, datasets, weights, c, amp):
+    """The three units, averaged over the data sets by their weights; the loss of each set beside them where there are several."""
+    each = [in_units(evaluate(model, d, c, amp), d) for d in datasets]
+    mean = {unit: sum(w * e[unit] for w, e in zip(weights, each)) / sum(weights) for unit in each[0]}
+    return mean | ({f'val_{d.name}': e['val_loss'] for d, e in zip(datasets, each)} if len(each) > 1 else {})
 
 
 @torch.no_grad()
@@ -624,11 +744,15 @@ def resumed_config(c, given, ckpt, path):
 
 
 def open_data(c):
-    """The data set to train on. The standard library's text is prepared on the spot: every machine has it."""
-    if c.data == 'stdlib' and not Path('data/stdlib').exists():
+    """--data -> (data sets, their whole-number weights). The text of the standard library is prepared on the spot: every machine has it."""
+    if 'stdlib' in c.data and not Path('data/stdlib').exists():
         print('no data yet: preparing the text of the Python standard library')
         prepare_data.prepare_stdlib()
-    return prepare_data.Dataset(c.data)
+    pairs = [(name, weight or '1') for name, _, weight in (word.partition(':') for word in c.data)]
+    for name, weight in pairs:
+        if not weight.isdecimal() or not int(weight):
+            raise UserError(f'--data {name}:{weight}: a weight is a whole number from 1, as in {name}:3', status=2)
+    return [prepare_data.Dataset(name) for name, _ in pairs], [int(weight) for _, weight in pairs]
 
 
 def grown_config(c, given):
@@ -651,25 +775,31 @@ def train(c, given):
     """The main job: grows a model phase by phase, or goes on where OUT/latest.pt stands. -> the folder of the run."""
     out, lock = open_out(c)
     ckpt = load(out / 'latest.pt') if c.resume else None
-    c = resumed_config(c, given, ckpt, out) if ckpt else c
+    if ckpt:
+        c = resumed_config(c, given, ckpt, out)
+        if ckpt['at']['phase'] == len(phases(c)):
+            print(f'the run in {out} is finished: --sample shows what it says, --grow_from {out} grows it further')
+            return out
     amp = set_up(c)
+    datasets, weights = open_data(c)
+    most, wanted = 4 * sum(d.train_tokens for d in datasets), sum(p.steps for p in phases(c)) * c.batch_tokens
+    if wanted > most and not ckpt and 'stage_tokens' not in given and not c.moe:
+        c.stage_tokens, c.lora_tokens = (max(c.batch_tokens, n * most // wanted) for n in (c.stage_tokens, c.lora_tokens))
+        print(f'--stage_tokens {c.stage_tokens}: four epochs of the data, instead of {wanted / most * 4:.1f}')
+    batches = prepare_data.Batches(datasets, weights, c.seed, c.batch_tokens // c.context, c.context)
+    fingerprint = digest(*(d.fingerprint for d in datasets))
     plan = phases(c)
     at = ckpt['at'] if ckpt else dict(phase=0, step=0, global_step=0, seconds=0.0, log_bytes=0, history=[])
-    if at['phase'] == len(plan):
-        print(f'the run in {out} is finished: see --sample, or choose another --out')
-        return out
-    dataset = open_data(c)
-    batches = prepare_data.Batches([dataset], [1], c.seed, c.batch_tokens // c.context, c.context)
     if ckpt:
-        if ckpt['data'] != dataset.fingerprint:
-            raise UserError(f'data/{c.data} is not the data that the run in {out} was trained on: prepare the same again, or start a new run')
+        if ckpt['data'] != fingerprint:
+            raise UserError(f'data {" ".join(c.data)} is not what the run in {out} was trained on: prepare the same again, or start a new run')
         if ckpt['machine'] != machine(c):
             print(f'note: the run began on {ckpt["machine"]}; here it is {machine(c)}: it goes on, but not to the same bits')
-        print(f'resuming {out} at phase {at["phase"] + 1} of {len(plan)}, step {at["step"]}')
+        print(f'resuming {out} in phase {at["phase"] + 1} of {len(plan)} after step {at["step"]}')
     if ckpt or c.grow_from:
         model = restore(ckpt or load(Path(c.grow_from) / 'latest.pt'), c).to(c.device)
     else:
-        model = new_model(c, batches)
+        model = merge_experts(c) if c.moe else new_model(c, batches)
     log = open(out / 'log.csv', 'a')
     log.truncate(at['log_bytes'])                     # rows after the checkpoint are about to be written again
     if not at['log_bytes']:
@@ -682,8 +812,12 @@ def train(c, given):
     def save_as(name, **more):
         log.flush()
         at['log_bytes'] = log.tell()
-        save(out / name, config=dataclasses.asdict(c), depth=len(model.blocks), interface=model.interface.fingerprint, machine=machine(c),
-             tokenizer=tokenizer_fingerprint(), data=dataset.fingerprint, model=model.state_dict(), at=at, **more)
+        save(out / name, config=dataclasses.asdict(c), **parts(model), model=model.state_dict(), tokenizer=tokenizer_fingerprint(),
+             data=fingerprint, machine=machine(c), at=at, **more)
+
+    def result(name, val, speed):
+        at['history'].append(dict(phase=name, stage=phase.stage, layers=len(model.blocks), rank=phase.rank, active=count(model.parameters(), active=True),
+                                  total=count(model.parameters()), tokens=at['global_step'] * c.batch_tokens, **val, tokens_per_s=round(speed)))
 
     stop = []                                         # Ctrl-C waits for the end of the step: none is cut in half
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
@@ -692,6 +826,8 @@ def train(c, given):
     while at['phase'] < len(plan):
         # ---- enter the phase: new blocks, what is frozen, a fresh optimiser
         phase = plan[at['phase']]
+        if len(model.blocks) and not at['history']:   # --grow_from, --moe: what there is to begin with
+            result('before', validate(model, datasets, weights, c, amp), 0)
         enter(model, phase)
         if c.compile:
             compile_model(model)
@@ -733,37 +869,33 @@ def train(c, given):
 
         # ---- its result
         model.eval()
-        val_loss = evaluate(model, dataset, c, amp)
+        val = validate(model, datasets, weights, c, amp)
         if phase.rank:
             merge_adapters(model.blocks)
-            unmerged, val_loss = val_loss, evaluate(model, dataset, c, amp)
-            print(f'adapters of rank {phase.rank} merged: val loss {unmerged:.6f} before, {val_loss:.6f} after')
-        log_row(val_loss=f'{val_loss:.5f}')
-        at['history'].append(dict(phase=phase.kind, stage=phase.stage, layers=phase.depth, rank=phase.rank, **sizes,
-                                  tokens=at['global_step'] * c.batch_tokens, val_loss=val_loss, perplexity=math.exp(val_loss),
-                                  bits_per_byte=bits_per_byte(val_loss, dataset), tokens_per_s=round(speed)))
-        print(f'{phase.kind} {phase.stage}: val loss {val_loss:.4f}')
+            unmerged, val = val, validate(model, datasets, weights, c, amp)
+            print(f'adapters of rank {phase.rank} merged: val loss {unmerged["val_loss"]:.6f} before, {val["val_loss"]:.6f} after')
+        log_row(val_loss=f'{val["val_loss"]:.5f}')
+        result(phase.kind, val, speed)
+        print(f'{phase.kind} {phase.stage}: val loss {val["val_loss"]:.4f}')
         at.update(phase=at['phase'] + 1, step=0)
         save_as(f'stage_{phase.stage}.pt')            # after a LoRA phase once more
         save_as('latest.pt', optimizer=None)
-    report(model, at, dataset, batches, c, amp)
+    report(model, at, batches, c, amp)
     return out
-
-
-def bits_per_byte(nats_per_token, dataset):
-    return nats_per_token / math.log(2) / dataset.bytes_per_token
 
 
 def clock_time(seconds):
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
 
 
-def report(model, at, dataset, batches, c, amp):
+def report(model, at, batches, c, amp):
     """Prints the table of the stages, the n-gram baselines counted on the very tokens the run saw, peak memory, and a sample."""
     print()
     table(at['history'])
-    for name, loss in zip(('unigram', 'bigram'), prepare_data.ngram_losses(batches, at['global_step'], dataset, c.eval_tokens)):
-        print(f'{name}: {loss:.4f} nats, perplexity {math.exp(loss):.2f}, {bits_per_byte(loss, dataset):.3f} bits a byte')
+    for d in batches.datasets:
+        losses = zip(('unigram', 'bigram'), prepare_data.ngram_losses(batches, at['global_step'], d, c.eval_tokens))
+        print(f'{d.name}: ' + '; '.join(f'{name} {loss:.4f} nats, perplexity {math.exp(loss):.2f}, {in_units(loss, d)["bits_per_byte"]:.3f} bits a byte'
+                                        for name, loss in losses))
     print(f'peak memory {peak_memory(c.device) / 2**30:.2f} GiB, {clock_time(at["seconds"])} of training\n')
     print(f'--- sample\n{PROMPT}{sample(model, PROMPT, c, amp)}')
 
@@ -785,6 +917,8 @@ def main(argv=None):
     c, given = configure(argv)
     if c.plan:
         print_plan(c)
+    elif c.moe and not c.tune_heads:
+        compare_experts(c)
     elif c.sample is not None:
         model = load_model(c.out or newest_out(), c.device)
         print(c.sample + sample(model, c.sample, c, set_up(c)))

@@ -754,7 +754,7 @@ def test_frozen_blocks_record_no_graph():
 
 
 def test_it_overfits_one_batch():
-    c = config(layers=2, d_model=64, heads=4, substrate='random')
+    c = config(layers=2, layers_per_stage=2, d_model=64, heads=4, substrate='random')
     model = model_of(c, blocks=0)
     grow.enter(model, grow.Phase('grow', 1, 2, 2, 20))
     optimizer = grow.make_optimizer(model, c)
@@ -924,7 +924,7 @@ def test_growing_a_finished_model_further(here, capsys):
               '--layers_per_stage', '1', '--stage_tokens', '320', '--batch_tokens', '64', '--eval_tokens', '256'])
     old, new = grow.load('small/latest.pt'), grow.load('large/latest.pt')
     assert new['depth'] == 5 and new['config']['grow_from'] == 'small' and 'small' in capsys.readouterr().out
-    assert [row['stage'] for row in new['at']['history']] == [4, 5]
+    assert [(row['phase'], row['stage']) for row in new['at']['history']] == [('before', 4), ('grow', 4), ('grow', 5)]
     for name, value in old['model'].items():
         if name.startswith(('blocks', 'interface')):
             assert torch.equal(value, new['model'][name])
@@ -932,6 +932,96 @@ def test_growing_a_finished_model_further(here, capsys):
     fails(capsys, ['--grow_from', 'small', '--layers', '5', '--d_model', '64'], '--d_model', status=2)
     grow.main(['--plan', '--grow_from', 'small', '--layers', '5'])
     assert 'small' in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts on one interface
+
+
+@pytest.fixture(scope='session')
+def experts(corpus):
+    """Two experts on one interface and one on another, in the folder of the data."""
+    for name, changes in dict(a=dict(seed=1), b=dict(seed=2, d_model=48, heads=3), c=dict(seed=3, substrate='random'), d=dict(seed=4)).items():
+        old = os.getcwd()
+        os.chdir(corpus)
+        grow.main(flags(out=name, **changes, stage_tokens=320))
+        os.chdir(old)
+    prepare_data.prepare('other', texts(seed=1, words='one two three four'.split()), 'made up', corpus / 'data')
+    return corpus
+
+
+def loaded(experts, *names):
+    return [grow.load_model(experts / name) for name in names]
+
+
+def test_mean_of_copies_is_the_expert(experts):
+    x, [a] = ids(2, 16), loaded(experts, 'a')
+    with torch.no_grad():
+        want, loss = a(x), a(x, x)[1]
+        for n in (2, 3):
+            merged = grow.MixtureOfExperts(loaded(experts, *'a' * n)).share_interface()
+            assert torch.allclose(merged(x), want, atol=1e-5) and torch.allclose(merged(x, x)[1], loss, atol=1e-5)
+            assert all(e.interface.table is merged.experts[0].interface.table for e in merged.experts)
+
+
+def test_fused_head_is_the_mean_of_the_logits(experts):
+    x, models = ids(2, 16), loaded(experts, 'a', 'd', 'c')
+    with torch.no_grad():
+        want = torch.stack([model(x) for model in models]).mean(0)
+        assert torch.allclose(grow.MixtureOfExperts(models)(x), want, atol=1e-5)
+
+
+def test_experts_on_other_interfaces_are_refused_before_any_computing(experts, monkeypatch, capsys):
+    monkeypatch.chdir(experts)
+    monkeypatch.setattr(grow, 'evaluate', lambda *args: 1 / 0)
+    tail = ['--device', 'cpu', '--no-compile', '--dtype', 'float32', '--data', 'stdlib']
+    fails(capsys, ['--moe', 'a', 'c', *tail], 'random', '--allow_mismatch')
+    fails(capsys, ['--moe', 'a', *tail], '--moe', status=2)
+    fails(capsys, ['--tune_heads', '640', *tail], '--moe', status=2)
+    monkeypatch.undo()
+    monkeypatch.chdir(experts)
+    grow.main(['--moe', 'a', 'c', '--allow_mismatch', '--eval_tokens', '64', '--batch_tokens', '64', *tail])
+    assert 'merged' in capsys.readouterr().out
+
+
+def test_experts_are_compared_on_every_data_set(experts, monkeypatch, capsys):
+    monkeypatch.chdir(experts)
+    grow.main(['--moe', 'a', 'b', '--data', 'stdlib', 'other', '--eval_tokens', '256', '--device', 'cpu', '--no-compile', '--dtype', 'float32'])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    seen = {tuple(row[:2]): float(row[2]) for row in rows if len(row) == 5 and row[1] in ('stdlib', 'other')}
+    assert set(seen) == {(m, d) for m in ('a', 'b', 'merged', 'unigram', 'bigram') for d in ('stdlib', 'other')}
+    amp, c = torch.autocast('cpu', enabled=False), config()
+    for name in 'ab':
+        for d in ('stdlib', 'other'):
+            assert abs(seen[name, d] - grow.evaluate(grow.load_model(name), prepare_data.Dataset(d), c, amp)) < 1e-3
+
+
+def test_tuned_heads_move_alone_and_load_like_any_model(experts, monkeypatch, capsys):
+    monkeypatch.chdir(experts)
+    words = ['--moe', 'a', 'd', '--data', 'stdlib:3', 'other:1', '--tune_heads', '640', '--batch_tokens', '64', '--eval_tokens', '256', '--head_lr', '0.01',
+             '--device', 'cpu', '--no-compile', '--dtype', 'float32', '--out']
+    grow.main([*words, 'tuned'])
+    text = capsys.readouterr().out
+    assert 'before' in text
+    tuned, untuned = grow.load_model('tuned'), grow.MixtureOfExperts(loaded(experts, 'a', 'd'))
+    for name, value in untuned.state_dict().items():
+        assert torch.equal(value, tuned.state_dict()[name]) != name.startswith('head'), name
+    history = grow.load('tuned/latest.pt')['at']['history']
+    assert history[-1]['phase'] == 'tune' and history[-1]['val_loss'] < history[0]['val_loss'] and 'val_other' in history[-1]
+    grow.main(['--sample', 'cats', '--out', 'tuned', '--length', '5', '--device', 'cpu'])
+    original, calls = grow.train_step, []
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError('crash')
+        return original(*args)
+    monkeypatch.setattr(grow, 'train_step', crash)
+    with pytest.raises(RuntimeError):
+        grow.main([*words, 'cut', '--save_every', '0'])
+    monkeypatch.setattr(grow, 'train_step', original)
+    grow.main(['--resume', '--out', 'cut'])
+    assert same_weights('tuned', 'cut')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
