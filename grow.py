@@ -551,7 +551,7 @@ def make_optimizer(model, c):
               dict(params=adapters, lr=c.lora_lr), dict(params=head, lr=c.head_lr)]                           # interface is with vectors
     for group in groups:
         group['peak'] = group['lr']
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
 def lr_factor(c, step, steps):

@@ -1194,3 +1194,62 @@ def test_ctrl_c_writes_a_checkpoint(here, monkeypatch):
     grow.main(['--resume', '--out', 'run'])
     grow.main(flags(out='whole'))
     assert same_weights('run', 'whole')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: pytest -m cuda -s
+
+cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')]
+
+
+def marked_cuda(test):
+    for mark in cuda:
+        test = mark(test)
+    return test
+
+
+@marked_cuda
+def test_cuda_loss_equals_the_cpu(here):
+    torch.set_float32_matmul_precision('highest')
+    model, idx, targets = model_of(config(birth='random')), ids(4, 16), ids(4, 16, seed=1)
+    with torch.no_grad():
+        there, here = model(idx, targets)[1].item(), model.cuda()(idx.cuda(), targets.cuda())[1].item()
+    assert abs(there - here) < 1e-4
+
+
+@marked_cuda
+def test_cuda_uses_the_flash_kernel(here):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    model = model_of(config(d_model=64, heads=2, context=128)).cuda()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast('cuda', torch.bfloat16):     # an error where it is not available
+        model(ids(2, 128).cuda(), ids(2, 128).cuda())[1].backward()
+
+
+@marked_cuda
+def test_cuda_three_compiled_stages(here):
+    grow.main(flags(out='run', device='cuda', dtype='bfloat16', compile=True, d_model=64, context=32, batch_tokens=128))
+    losses = [row['val_loss'] for row in grow.load('run/latest.pt')['at']['history']]
+    assert len(losses) == 3 and losses[-1] < losses[0] < math.log(substrate.VOCAB)
+
+
+@marked_cuda
+def test_cuda_twenty_steps_at_paper_size(here):
+    """Prints what a GPU does with the paper's model: the last of three grown stages."""
+    import time
+    c = config(**PAPER | dict(layers=9, layers_per_stage=3, substrate='random', device='cuda', dtype='bfloat16', micro_batch=16, batch_tokens=16 * 1024, compile=True))
+    amp = grow.set_up(c)
+    model = model_of(c, blocks=0).cuda()
+    grow.enter(model, grow.Phase('grow', 3, 9, 3, 20))
+    grow.compile_model(model)
+    optimizer = grow.make_optimizer(model, c)
+    one = (ids(16, 1024), ids(16, 1024, seed=1))
+    batches = type('OneBatch', (), dict(batch=lambda self, step: one))()
+    torch.cuda.reset_peak_memory_stats()
+    losses = [grow.train_step(model, optimizer, batches, k, c, amp)[0] for k in range(5)]
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    losses += [grow.train_step(model, optimizer, batches, k, c, amp)[0] for k in range(20)]
+    torch.cuda.synchronize()
+    speed, peak = 20 * c.batch_tokens / (time.perf_counter() - start), torch.cuda.max_memory_allocated() / 2**30
+    print(f'\n{torch.cuda.get_device_name()}: {speed:,.0f} tokens/s, {peak:.1f} GiB at most, loss {losses[0]:.3f} -> {losses[-1]:.3f}')
+    assert losses[-1] < losses[0]

@@ -1,18 +1,18 @@
 """
-The pictures of this project: the idea of growth in general, and the losses of your own runs.
+The pictures of this project: the idea of growth, and the losses of your own runs.
 
-    python results/pictures.py                                  # every picture that needs no run (idea) -> results/*.png
-    python results/pictures.py loss out/001 out/002             # the losses of these runs -> results/loss.png
+    python results/pictures.py                                  # those that need no run, so `idea`: results/idea.png
+    python results/pictures.py loss out/001 out/002             # losses of runs, in one picture: results/loss.png
     python results/pictures.py loss out/001 --out mine.png
 
-Needs matplotlib, which requirements-dev.txt installs.
+Needs matplotlib, which is in requirements-dev.txt.
 """
 
 import csv
 import itertools
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -27,118 +27,121 @@ try:
     matplotlib.use('Agg')                             # draws into files, needs no screen
     import matplotlib.pyplot as plt
     from matplotlib.patches import Arc, FancyArrowPatch, FancyBboxPatch, Rectangle
-    from matplotlib.patheffects import withStroke
 except ImportError:
     plt = None                                        # main says what to install
 
-INK, GREY = '#22303c', '#667786'
-FROZEN, TRAINED = ('#dbe5ef', '#8fa8c0', '#47627d'), ('#f7ab5e', '#d8752a', '#5a2a00')          # (area, edge, text)
-BAND = '#b4c8dd', '#7d99b5', '#2f4a66'                # the interface: frozen too, and the ground that all stands on
-RUNS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#444444'              # colour-blind safe (Okabe and Ito)
+INK, GREY = '#22303c', '#5d6c7a'
+TRAINED, FROZEN = ('#f7ab5e', '#d8752a', '#5a2a00'), ('#dbe5ef', '#8fa8c0', '#47627d')         # area, edge, text
+INTERFACE, PLAIN = ('#b4c8dd', '#7d99b5', '#2f4a66'), ('white', INK, INK)
+RUNS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#444444'              # told apart by the colour-blind (Okabe and Ito)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# idea: how a model of 9 blocks grows, and how two grown models become one. Coordinates are pixels of a page 900 wide
+# idea: how a model of 9 blocks grows, and how two grown models become one. Coordinates are pixels of a page of 900 x 566
 
-GROUND, BLOCK, STEP, HEAD = 142, 26, 30, 34           # where the blocks begin; height of a block, of a block with its gap, of the head
+FLOOR, BLOCK, STEP, HEAD = 166, 26, 30, 38            # where blocks begin; height of a block, of a block and its gap, of a head
 
 
 def say(ax, x, y, text, size=9, colour=INK, **more):
     ax.text(x, y, text, size=size, color=colour, **{'ha': 'center', 'va': 'center'} | more)
 
 
-def box(ax, x, y, width, height, colours, text='', size=9):
-    """A rounded box with its lower left corner at (x, y); a frozen one carries a padlock."""
+def box(ax, x, y, width, height, colours, text=''):
+    """A box with its lower left corner at (x, y), in colours (area, edge, text)."""
     area, edge, ink = colours
     ax.add_patch(FancyBboxPatch((x + 2, y + 2), width - 4, height - 4, 'round,pad=2,rounding_size=4', fc=area, ec=edge, lw=1))
-    say(ax, x + width / 2, y + height / 2, text, size, ink)
-    if colours in (FROZEN, BAND):
-        x, y = x + width - 12, y + height / 2
-        ax.add_patch(Rectangle((x - 4, y - 5), 8, 6, color=ink, lw=0))
-        ax.add_patch(Arc((x, y + 1), 5.5, 8, theta1=0, theta2=180, color=ink, lw=1.3))
+    say(ax, x + width / 2, y + height / 2, text, 8.5, ink)
 
 
-def arrow(ax, start, end, colour=GREY):
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=9, lw=1.3, color=colour, shrinkA=0, shrinkB=0))
+def padlock(ax, x, y, colour, size=1):
+    ax.add_patch(Rectangle((x - 4 * size, y - 5 * size), 8 * size, 6 * size, color=colour, lw=0))
+    ax.add_patch(Arc((x, y + size), 5.5 * size, 8 * size, theta1=0, theta2=180, color=colour, lw=1.3 * size))
 
 
-def stack(ax, x, width, row):
-    """A model in one phase (a row of the ledger): its blocks from the ground up, the adapters beside them, and the head on top."""
-    for k in range(row['layers']):
-        frozen, y = k < row['frozen'], GROUND + k * STEP
-        strip = 16 if frozen and row['rank'] else 0
-        box(ax, x, y, width - strip, BLOCK, FROZEN if frozen else TRAINED, f'{k + 1}')
-        if strip:
-            ax.add_patch(Rectangle((x + width - 11, y), 9, BLOCK, fc=TRAINED[0], ec=TRAINED[1], lw=1))
-    box(ax, x, GROUND + row['layers'] * STEP, width, HEAD, TRAINED, 'LayerNorm, LM head')
+def block(ax, x, y, width, height, trained, text='', adapter=False):
+    """A block: warm while it trains, else cool and locked; with an adapter, a thin warm strip stands beside it."""
+    box(ax, x, y, width - 16 * adapter, height, TRAINED if trained else FROZEN, text)
+    if not trained:
+        padlock(ax, x + width - 16 * adapter - 12, y + height / 2, FROZEN[2])
+    if adapter:
+        ax.add_patch(Rectangle((x + width - 11, y), 9, height, fc=TRAINED[0], ec=TRAINED[1], lw=1))
+
+
+def arrow(ax, start, end):
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=9, lw=1.3, color=GREY, shrinkA=0, shrinkB=0))
 
 
 def tokens(ax, x, text):
-    """The tokens of `text` as the model sees them: their glyphs, 32 pixels wide, centred on x."""
+    """The tokens of `text` as the model sees them: their glyphs, side by side, centred on x."""
     for k, character in enumerate(text):
-        left = x + 32 * (k - len(text) / 2)
-        ax.imshow(glyphs()[ord(character)].reshape(32, 32), extent=(left, left + 32, 97, 129), cmap='gray_r', interpolation='nearest', zorder=3)
-        ax.add_patch(Rectangle((left, 97), 32, 32, fill=False, ec=BAND[1], lw=0.8, zorder=4))
+        left, bottom = x + 32 * (k - len(text) / 2), FLOOR - 44
+        picture = glyphs()[ord(character)].reshape(32, 32)
+        ax.imshow(picture, extent=(left, left + 32, bottom, bottom + 32), cmap='gray_r', interpolation='nearest', zorder=3)
+        ax.add_patch(Rectangle((left, bottom), 32, 32, fill=False, ec=INTERFACE[1], lw=0.8, zorder=4))
 
 
-def bill(ax, x, width, row, largest):
-    """Under a column: active and total parameters, as a bar and in digits."""
-    ax.add_patch(Rectangle((x, 48), width * row['total'] / largest, 10, color=FROZEN[1], lw=0))
-    ax.add_patch(Rectangle((x, 48), width * row['active'] / largest, 10, color=TRAINED[0], lw=0))
-    say(ax, x + width / 2, 33, f'{row["active"]:,}', 10, TRAINED[1], weight='bold')
-    say(ax, x + width / 2, 14, f'{row["total"]:,}', 10, GREY)
+def column(ax, x, width, row, largest):
+    """A phase, from a row of the ledger: what it does, the model from its tokens up to its head, and its active and total parameters."""
+    middle, n = x + width / 2, row['layers']
+    if row['rank']:
+        title, what = 'LoRA phase', f'adapt all {n} blocks\n(rank {row["rank"]}), then merge'
+    else:
+        title, what = f'stage {row["stage"]}', f'freeze, append {row["trained"]},\ntrain them' if row['frozen'] else f'train {row["trained"]} blocks'
+    say(ax, middle, 548, title, 11, weight='bold')
+    say(ax, middle, 533, what, colour=GREY, va='top')
+    box(ax, x, FLOOR + n * STEP, width, HEAD, TRAINED, 'final LayerNorm\nand LM head')
+    for k in range(n):
+        trained = k >= row['frozen']
+        block(ax, x, FLOOR + k * STEP, width, BLOCK, trained, f'{k + 1}', bool(row['rank']) and not trained)
+    tokens(ax, middle, 'grow')
+    for kind, colour in (('total', FROZEN[1]), ('active', TRAINED[0])):
+        ax.add_patch(Rectangle((x, 72), width * row[kind] / largest, 10, color=colour, lw=0))
+    say(ax, middle, 57, f'{row["active"]:,}', 10, '#b85a12', weight='bold')
+    say(ax, middle, 38, f'{row["total"]:,}', 10, FROZEN[2])
 
 
-def legend(ax, x, y):
-    for k, (colours, text) in enumerate(((TRAINED, 'trained'), (FROZEN, 'frozen'), (None, 'LoRA adapter'))):
-        if colours:
-            box(ax, x, y - 25 * k, 34, 18, colours)
-        else:
-            ax.add_patch(Rectangle((x + 12, y - 25 * k), 9, 18, fc=TRAINED[0], ec=TRAINED[1], lw=1))
-        say(ax, x + 43, y - 25 * k + 9, text, ha='left')
-
-
-def experts(ax, x, width):
-    """Two models that were trained apart, on the interface that both share: their logits are averaged."""
+def composition(ax, x, width):
+    """Two models that were trained apart on the same interface: together they predict by the mean of their logits."""
     middle = x + width + 8
-    for left, name in ((x, 'Russian'), (x + width + 16, 'Chinese')):
+    say(ax, middle, 548, 'composition', 11, weight='bold')
+    say(ax, middle, 533, 'models trained apart fit together:\nthey share the interface', colour=GREY, va='top')
+    box(ax, middle - 70, FLOOR + 270, 140, HEAD, PLAIN, 'mean of the logits')
+    for left, language in ((x, 'Russian'), (x + width + 16, 'Chinese')):
         centre = left + width / 2
-        for k in range(9):
-            box(ax, left, GROUND + 20 * k, width, 17, FROZEN, f'{k + 1}', 8)
-        box(ax, left, GROUND + 180, width, HEAD, TRAINED, 'LN, head')
-        say(ax, centre, GROUND + 229, f'{name} expert', weight='bold')
+        arrow(ax, (centre, FLOOR + 244), (middle + 0.6 * (centre - middle), FLOOR + 267))
+        say(ax, centre, FLOOR + 231, f'{language} expert', 8.5)
+        for k, name in enumerate([*'123456789', 'norm']):
+            block(ax, left, FLOOR + 20 * k, width, 17, False, name)
+        box(ax, left, FLOOR + 200, width, 20, TRAINED, 'LM head')
         tokens(ax, centre, 'Ж中')
-        arrow(ax, (centre, GROUND + 242), (middle + (centre - middle) * 0.55, GROUND + 268))
-    box(ax, middle - 70, GROUND + 270, 140, 30, ('white', INK, INK), 'mean of the logits')
-    say(ax, middle, 522, 'composition', 11, weight='bold')
-    say(ax, middle, 492, 'experts trained apart fit together:\nsame interface', colour=GREY)
-    say(ax, middle, 45, 'no change of architecture;\nat most the heads\nare trained once more', colour=GREY)
+    say(ax, middle, 48, 'no new parameters; afterwards\nat most the heads are tuned', colour=GREY)
 
 
 def idea():
-    """The figure of the README: growth on the left, composition on the right. Every number comes from the ledger."""
+    """Growth on the left, composition on the right, on one interface. All numbers come from the ledger of the paper's model."""
     c = grow.Config(**grow.PRESETS['gpu'], lora='interleaved', lora_stages='2', lora_tokens=grow.PRESETS['gpu']['stage_tokens'])
     rows = grow.ledger(c)
-    figure = plt.figure(figsize=(9, 5.4))
+    figure = plt.figure(figsize=(9, 5.66))
     ax = figure.add_axes((0, 0, 1, 1))
-    box(ax, 10, 66, 880, 68, BAND)
-    say(ax, 450, 81, 'frozen token interface: a token is its picture, never trained', 9, BAND[2])
+    box(ax, 8, FLOOR - 76, 884, 68, INTERFACE)
+    padlock(ax, 36, FLOOR - 28, INTERFACE[2], 2)
+    say(ax, 450, FLOOR - 61, 'the frozen token interface: a token enters as its picture, and nothing here is ever trained', 9, INTERFACE[2])
     for k, row in enumerate(rows):
-        x, width = 66 + 146 * k, 130
-        if row['rank']:
-            title, what = 'LoRA phase', f'adapt all {row["layers"]} blocks\n(rank {row["rank"]}), then merge'
+        column(ax, 66 + 146 * k, 130, row, max(r['total'] for r in rows))
+        if k:
+            arrow(ax, (66 + 146 * k - 20, 548), (66 + 146 * k + 4, 548))
+    composition(ax, 676, 98)
+    for y, kind in ((446, 'trained'), (420, 'frozen'), (394, 'LoRA adapter')):
+        if kind == 'LoRA adapter':
+            ax.add_patch(Rectangle((82, y), 9, 18, fc=TRAINED[0], ec=TRAINED[1], lw=1))
         else:
-            title, what = f'stage {row["stage"]}', f'freeze, append {row["trained"]},\ntrain them' if row['frozen'] else f'train {row["trained"]} blocks'
-        say(ax, x + width / 2, 522, title, 11, weight='bold')
-        say(ax, x + width / 2, 492, what, colour=GREY)
-        stack(ax, x, width, row)
-        bill(ax, x, width, row, rows[-1]['total'])
-        tokens(ax, x + width / 2, 'grow')
-    legend(ax, 70, 410)
-    experts(ax, 674, 98)
-    say(ax, 10, 33, 'active', ha='left', colour=TRAINED[1], weight='bold')
-    say(ax, 10, 14, 'total', ha='left', colour=GREY)
-    ax.set(xlim=(0, 900), ylim=(0, 540), aspect='auto')
+            block(ax, 70, y, 34, 18, kind == 'trained')
+        say(ax, 114, y + 9, kind, ha='left')
+    say(ax, 10, 57, 'active', 10, '#b85a12', ha='left', weight='bold')
+    say(ax, 10, 38, 'total', 10, FROZEN[2], ha='left')
+    note = f'parameters at width {c.d_model:,}; the total counts the frozen interface too, and the LoRA adapters while they exist'
+    say(ax, 10, 14, note, 8.5, GREY, ha='left')
+    ax.set(xlim=(0, 900), ylim=(0, 566), aspect='auto')
     ax.axis('off')
     return figure
 
@@ -146,79 +149,92 @@ def idea():
 # ---------------------------------------------------------------------------------------------------------------------
 # loss: what runs have logged
 
-@dataclass
-class Stretch:
-    """A phase as logged: its kind ('grow', 'lora', ...), stage, tokens at its start and end; its train and val losses, [(tokens, loss)]."""
-    kind: str
-    stage: str
-    start: int
-    end: int
-    train: list
-    val: list
+LANE, STRIP = 0.064, 0.042                            # a run's lane above the axes and the strip in it, in heights of the axes
 
 
 def read_run(folder):
-    """RUN/log.csv -> [Stretch]."""
-    path, stretches, start = Path(folder) / 'log.csv', [], 0
+    """RUN/log.csv -> its phases in order: kind ('grow', 'lora', 'tune'), stage, start and end in tokens, train and val [(tokens, loss)]."""
+    path, phases, start = Path(folder) / 'log.csv', [], 0
     try:
         with open(path, newline='') as file:
-            rows = list(csv.DictReader(file))
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]          # the last line of a live run may be half written
         for (kind, stage), part in itertools.groupby(rows, key=lambda row: (row['phase'], row['stage'])):
             part = list(part)
             train, val = ([(int(row['tokens']), float(row[name])) for row in part if row[name]] for name in ('train_loss', 'val_loss'))
-            stretches.append(Stretch(kind, stage, start, start := int(part[-1]['tokens']), train, val))
+            phases.append(SimpleNamespace(kind=kind, stage=stage, start=start, end=int(part[-1]['tokens']), train=train, val=val))
+            start = phases[-1].end
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f'cannot read {path} ({error!r}): name folders of runs of grow.py') from None
-    if not stretches:
-        raise UserError(f'{path} holds no losses yet: wait for the first ones')
-    return stretches
+        raise UserError(f'cannot read {path} ({error}): name folders of runs of grow.py') from None
+    if not phases:
+        raise UserError(f'{path} holds no losses yet: wait for the first steps')
+    return phases
 
 
 def smooth(values, width):
-    """Moving average over `width` values, over fewer at the ends."""
-    ones = np.ones(min(width, len(values)))
-    return np.convolve(values, ones, 'same') / np.convolve(np.ones(len(values)), ones, 'same')
+    """Moving average over `width` values, at the ends over those there are."""
+    window = np.ones(min(width, len(values)))
+    return np.convolve(values, window, 'same') / np.convolve(np.ones(len(values)), window, 'same')
 
 
-def spread(heights, gap):
-    """Moves sorted heights apart to at least `gap`, as a group about their old centre."""
-    moved = []
-    for height in heights:
-        moved.append(max(height, moved[-1] + gap) if moved else height)
-    return np.array(moved) - np.mean(moved) + np.mean(heights)
+def lane(ax, phases, bottom, colour, longest):
+    """A run's phases as a strip above the axes: the val loss after each, and marks for what happened between them."""
+    place = dict(transform=ax.get_xaxis_transform(), clip_on=False)       # x in tokens, y in heights of the axes
+    for before, p in zip([None, *phases], phases):
+        width = p.end - p.start
+        ax.add_patch(Rectangle((p.start, bottom), width, STRIP, fc=colour, ec='white', lw=1, alpha=0.2 if p.kind == 'lora' else 0.45, **place))
+        name = dict(grow=f'stage {p.stage}', lora='LoRA').get(p.kind, p.kind)
+        result = ''.join(f'{loss:.3f}' for _, loss in p.val)              # empty while the phase goes on
+        text = f'{name}   {result}' if width > 0.14 * longest else result if width > 0.045 * longest else ''       # what there is room for
+        say(ax, p.start + width / 2, bottom + STRIP * 0.47, text, 8.5, **place)
+        if p.kind == 'grow' and before:
+            ax.axvline(p.start, color=colour, lw=0.8, ls='--', alpha=0.5, zorder=0)
+            ax.plot(p.start, bottom, '^', color=colour, ms=6, **place)
+        if p.kind == 'lora' and p.val:
+            ax.plot(p.end, bottom + STRIP, 'v', color=colour, ms=6, **place)
 
 
 def loss(folders):
-    """Train loss, averaged within each phase, over tokens; above it a lane a run with its phases; at each phase end the val loss in digits."""
+    """Train loss over tokens, smoothed within each phase (thin: as logged). Dots are the val losses after the phases; their numbers are above."""
+    runs = [read_run(folder) for folder in folders]
+    longest = max(phases[-1].end for phases in runs)
     figure, ax = plt.subplots(figsize=(9, 5), layout='constrained')
-    runs = {Path(folder).name: read_run(folder) for folder in folders}
-    height = 0.045                                    # of a lane, in units of the axes
-    dots = []
-    for lane, ((name, stretches), colour) in enumerate(zip(runs.items(), itertools.cycle(RUNS))):
-        width = max(1, sum(len(s.train) for s in stretches) // 40)
-        bottom = 1.02 + height * (len(runs) - 1 - lane)
-        across = ax.get_xaxis_transform()             # x in tokens, y in units of the axes
-        for s in stretches:
-            tokens, losses = np.array(s.train).T
-            ax.plot(tokens, losses, color=colour, lw=0.8, alpha=0.25)
-            ax.plot(tokens, smooth(losses, width), color=colour, lw=1.8, label=name if s is stretches[0] else None)
-            ax.add_patch(Rectangle((s.start, bottom), s.end - s.start, height * 0.85, transform=across, clip_on=False, fc=colour, ec='white', lw=1.5,
-                                   alpha=0.3 if s.kind == 'lora' else 0.75))
-            ax.text((s.start + s.end) / 2, bottom + height * 0.4, 'LoRA' if s.kind == 'lora' else f'{s.stage}', transform=across, size=8.5, ha='center', va='center')
-            dots += [(tokens, loss, colour) for tokens, loss in s.val]
-    ax.legend()
+    for k, (folder, phases, colour) in enumerate(zip(folders, runs, itertools.cycle(RUNS))):
+        lane(ax, phases, 1.02 + LANE * (len(runs) - 1 - k), colour, longest)
+        ax.plot([], [], color=colour, lw=2, label=Path(folder).resolve().name)
+        width = 1 + sum(len(p.train) for p in phases) // 30
+        for p in phases:
+            x, y = np.array(p.train).reshape(-1, 2).T
+            ax.plot(x, y, color=colour, lw=0.7, alpha=0.3)
+            ax.plot(x, smooth(y, width), color=colour, lw=1.8)
+            ax.plot(*np.array(p.val).reshape(-1, 2).T, 'o', color=colour, mec='white', ms=8, zorder=4)
+    for marker, meaning in (('o', 'val loss (in digits: above)'), ('^', 'blocks appended'), ('v', 'LoRA merged')):
+        ax.plot([], [], marker, color=GREY, label=meaning)
+    ax.set(xlim=(0, 1.02 * longest), xlabel='training tokens', ylabel='loss, nats a token')
+    ax.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.grid(axis='y', lw=0.5, alpha=0.4)
+    ax.legend(loc='upper right', edgecolor='white', framealpha=0.9, borderaxespad=0, fontsize=9)
     return figure
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+
 @cli
 def main(argv=None):
-    parser = Parser(description=__doc__.split('\n\n')[0])
-    parser.add_argument('name', nargs='?', default='all', choices=['all', 'idea', 'loss'])
-    parser.add_argument('runs', nargs='*')
-    parser.add_argument('--out')
+    parser = Parser(description='Draws the pictures of this project.')
+    parser.add_argument('name', nargs='?', default='all', choices=('all', 'idea', 'loss'), help='which; all: those that need no run (default)')
+    parser.add_argument('runs', nargs='*', metavar='RUN', help='folders of runs, for loss')
+    parser.add_argument('--out', type=Path, help='PNG file to write (default: results/NAME.png)')
     args = parser.parse_args(argv)
-    for name, figure in dict(idea=idea).items() if args.name == 'all' else [(args.name, idea if args.name == 'idea' else lambda: loss(args.runs))]:
-        figure().savefig(args.out or HERE / f'{name}.png', dpi=200, facecolor='white')
+    if plt is None:
+        raise UserError('the pictures need matplotlib: pip install matplotlib')
+    if bool(args.runs) != (args.name == 'loss'):
+        parser.error('give folders of runs to loss, and to nothing else')
+    name = 'loss' if args.name == 'loss' else 'idea'
+    out = args.out or HERE / f'{name}.png'
+    with replacing(out) as beside:
+        (loss(args.runs) if name == 'loss' else idea()).savefig(beside, format='png', dpi=200)
+    print(f'wrote {out}')
 
 
 if __name__ == '__main__':
