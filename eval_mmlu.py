@@ -5,16 +5,13 @@
     python eval_mmlu.py out/001 --task arc_easy                 # or arc_challenge, csqa, squad
     python eval_mmlu.py out/ru out/zh                           # several runs are experts: scores the mean of their logits
 
-Each question of a choice task gets two scores from one pass over its prompt:
-
+A choice question gets two scores from one pass over its prompt:
     likelihood   the option whose " A", " B", ... has the highest log-probability after `Answer:`
-    letter       the original's score: the single likeliest next token after `Answer:`, over the whole vocabulary, is the key. (The original
-                 samples one character; we take the likeliest. Nothing keeps it to the letters. Our tokenizer spells " A" as a space and a
-                 letter, so a model that learned to write `Answer: A` predicts the space, and is wrong.)
-
-A model that has not learned the format scores at chance by likelihood and below it by letter: both say little at small sizes. OUT/eval_TASK.json
-holds a row for every question. The scoring functions take any model and any tokenizer; results/check_eval.py compares them with lm-eval.
-It is no leaderboard harness: no chat templates, no other splits, no sampling.
+    letter       the original's score: the likeliest next token after `Answer:`, over the whole vocabulary, is the key. (The original samples
+                 one character; we take the likeliest. In our tokenizer " A" is a space and a letter, so a model that learned to write
+                 `Answer: A` predicts the space, and is wrong.)
+A model that has not learned the format scores at chance by likelihood and below it by letter. OUT/eval_TASK.json holds a row for every question.
+The scoring functions take any model and any tokenizer: results/check_eval.py compares them with lm-eval. There are no chat templates here.
 """
 
 import argparse
@@ -23,7 +20,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import string
 import sys
 import tarfile
@@ -70,38 +66,38 @@ def mmlu_prompt(question, options):
 
 def read_csv(path):
     """The rows of an MMLU file, which has no header: [question, A, B, C, D, letter of the key], all strings. UserError with file and line."""
-    try:
-        with open(path, newline='', encoding='utf-8') as f:
-            reader = csv.reader(f, strict=True)
-            rows = []
+    if not path.exists():
+        raise UserError(f'{path} does not exist: --data must name a folder that holds test/ and dev/')
+    with open(path, 'rb') as f:
+        reader, rows = csv.reader((line.decode() for line in f), strict=True), []
+        try:
             for row in filter(None, reader):
                 if len(row) != 6 or row[5] not in tuple('ABCD'):
                     raise ValueError('not six fields of which the last is A, B, C or D')
                 rows.append(row)
-            return rows
-    except FileNotFoundError:
-        raise UserError(f'{path} does not exist: --data must name a folder that holds test/ and dev/') from None
-    except (csv.Error, ValueError) as error:          # wrong quotes, wrong fields, not UTF-8
-        raise UserError(f'{path}, line {reader.line_num or 1}: cannot be read ({error}); mend or restore it') from None
+        except (csv.Error, ValueError) as error:      # wrong quotes, wrong fields, not UTF-8
+            line = reader.line_num + isinstance(error, UnicodeDecodeError)
+            raise UserError(f'{path}, line {line}: cannot be read ({error}); mend or restore it') from None
+    return rows
 
 
-def mmlu(folder, shots=0):
-    """MMLU's test split, subject by subject. `shots` dev questions with their answers stand before each, separated by a blank line."""
+def mmlu(test, task='mmlu', shots=0):
+    """MMLU's test split, from its folder, subject by subject. Before each question stand `shots` dev questions with their answers."""
     questions = []
-    for path in sorted(folder.glob('test/*_test.csv')):
+    for path in sorted(test.glob('*_test.csv')):
         subject = path.name.removesuffix('_test.csv')
-        examples = read_csv(folder / 'dev' / f'{subject}_dev.csv')[:shots] if shots else []
+        examples = read_csv(test.parent / 'dev' / f'{subject}_dev.csv')[:shots] if shots else []
         if len(examples) < shots:
-            raise UserError(f'{folder}/dev has {len(examples)} examples of {subject}: --shots can be no more')
+            raise UserError(f'{test.parent}/dev has {len(examples)} examples of {subject}: --shots can be no more')
         before = ''.join(f'{mmlu_prompt(row[0], row[1:5])} {row[5]}\n\n' for row in examples)
         questions += [Question(subject, i, before + mmlu_prompt(row[0], row[1:5]), 'ABCD', row[5]) for i, row in enumerate(read_csv(path))]
     return questions
 
 
-def choices(path, task):
+def choices(path, task, shots=0):
     """ARC or CommonsenseQA from a .jsonl file, in either of the two forms in which they are published. Keys 1 to 4 become A to D."""
     questions = []
-    with open(path, encoding='utf-8') as f:
+    with open(path, 'rb') as f:
         for i, line in enumerate(f):
             try:
                 row = json.loads(line)
@@ -117,11 +113,12 @@ def choices(path, task):
     return questions
 
 
-def squad(path):
+def squad(path, task='squad', shots=0):
     """The first 256 SQuAD questions that can be answered, and in at most 8 characters (their first answer)."""
     try:
-        texts = [(p['context'], q) for article in json.loads(path.read_text(encoding='utf-8'))['data'] for p in article['paragraphs'] for q in p['qas']]
-        asked = [(context, q['question'], [a['text'] for a in q['answers']]) for context, q in texts if not q['is_impossible']]
+        articles = json.loads(path.read_text(encoding='utf-8'))['data']
+        asked = [(p['context'], q['question'], [a['text'] for a in q['answers']])
+                 for article in articles for p in article['paragraphs'] for q in p['qas'] if not q['is_impossible']]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} cannot be read as SQuAD 2.0 ({type(error).__name__}: {error}); restore it') from None
     asked = [item for item in asked if len(item[2][0]) <= SQUAD_LONGEST][:SQUAD_ITEMS]
@@ -143,6 +140,8 @@ SQUAD_URL = 'https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json'
 def fetch(task, root):
     """Downloads a task to root/mmlu, root/arc, root/csqa or root/squad. Archives are unpacked beside their folder, which is whole or absent."""
     folder = root / Path(FILES[task]).parts[0]
+    if folder.exists():
+        raise UserError(f'{folder} exists but lacks {FILES[task]}: restore or remove it, or name another folder with --data')
     if task in ('csqa', 'squad'):
         url = CSQA_URL if task == 'csqa' else SQUAD_URL
         prepare_data.download(url, folder / url.rpartition('/')[2])
@@ -150,7 +149,7 @@ def fetch(task, root):
     archive = root / ('mmlu.tar' if task == 'mmlu' else 'arc.zip')
     prepare_data.download(*((MMLU_URL, archive, MMLU_SHA256) if task == 'mmlu' else (ARC_URL, archive)))
     with tempfile.TemporaryDirectory(dir=root) as beside:
-        unpacked = Path(beside) / 'data'
+        unpacked = Path(beside) / 'data'              # as it is named in the MMLU archive
         try:
             if task == 'mmlu':
                 with tarfile.open(archive) as tar:
@@ -163,23 +162,23 @@ def fetch(task, root):
                         (unpacked / f'ARC-{kind}-validation.jsonl').write_bytes(file.read(member))
         except (tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
             raise UserError(f'{archive} cannot be unpacked ({error}); remove it and run this again') from None
-        shutil.rmtree(folder, ignore_errors=True)     # only what lacks the file that was looked for
         os.rename(unpacked, folder)
     archive.unlink()
 
 
 def read_task(task, data=None, shots=0):
     """The questions of a task from the folder `data`, or data/ here, where they are downloaded on first use. Raises UserError."""
-    if data is not None and not Path(data).is_dir():
-        raise UserError(f'{data} is no folder: name one that holds {FILES[task].partition("/")[2]}, or leave out --data to download')
-    root, name = Path(data or 'data'), FILES[task]
-    if not data and not any(root.glob(name)):
+    root, (folder, _, name) = Path(data or 'data'), FILES[task].partition('/')
+    if data and not root.is_dir():
+        raise UserError(f'{data} is no folder: name one that holds {name}, or leave out --data to download')
+    if not data and not any(root.glob(FILES[task])):
         root.mkdir(exist_ok=True)
         fetch(task, root)
-    found = [*sorted(root.glob(name)), *sorted(root.glob(name.partition('/')[2]))]       # data/mmlu, or the folder itself
-    questions = (mmlu(found[0].parent, shots) if task == 'mmlu' else squad(found[0]) if task == 'squad' else choices(found[0], task)) if found else []
+    found = [*sorted((root / folder).glob(name)), *sorted(root.glob(name))]    # DIR holds the folder, or is it
+    read = mmlu if task == 'mmlu' else squad if task == 'squad' else choices
+    questions = read(found[0], task, shots) if found else []
     if not questions:
-        raise UserError(f'{root} holds no questions of {task}: they should be in {name.partition("/")[2]}')
+        raise UserError(f'{root} holds no questions of {task}: they should be in {name}')
     return questions
 
 
@@ -230,43 +229,42 @@ def split_options(encoding, question):
     return shared, len(prompt), [tokens[-1] for tokens in whole]
 
 
-def score(model, encoding, questions, context, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), progress=lambda done, total: None):
+def progress(plan, lengths, name):
+    """Yields the batches of `plan`, and shows on stderr, under `name`, how many tokens are done and the time that is left."""
+    done, total, start, shown = 0, sum(lengths), time.monotonic(), 0
+    for batch in plan:
+        yield batch
+        done, now = done + sum(lengths[i] for i in batch), time.monotonic()
+        if name and (now > shown + 0.5 or done == total):
+            shown, left = now, grow.clock_time((now - start) * (total - done) / done)
+            print(f'\r{name}: {done / total:.0%}, {left} left  ', end='\n' if done == total else '', file=sys.stderr, flush=True)
+
+
+def padding(plan, lengths):
+    """The share of padding in all tokens that pass the model."""
+    return 1 - sum(lengths) / sum(len(batch) * lengths[batch[0]] for batch in plan)
+
+
+def score(model, encoding, questions, context, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), name=None):
     """Scores Questions by likelihood and by letter -> (rows, share of padding). A row is a dict: subject, index, key, choice (the likeliest
     option), letter (text of the likeliest next token), cut (did the prompt exceed `context` tokens? then its left is missing), logps
-    (log-probability of " A", " B", ... in nats), and scores, 0 or 1 each. `progress` is told tokens done and in all."""
+    (log-probability of " A", " B", ... in nats), and scores, 0 or 1 each. `name`: of the progress shown."""
     parts = [split_options(encoding, question) for question in questions]
     windows = [shared[-context:] for shared, _, _ in parts]
-    lengths, rows, done, padded = [len(window) for window in windows], [None] * len(questions), 0, 0
+    lengths, rows = [len(window) for window in windows], [None] * len(questions)
+    plan = list(batches(lengths, batch_tokens))
     reads = 1 + max(len(shared) - prompt for shared, prompt, _ in parts)
-    for batch in batches(lengths, batch_tokens):
+    for batch in progress(plan, lengths, name):
         logps = read_logits(model, [windows[i] for i in batch], reads, device, amp).log_softmax(-1)         # B, reads, V
         for i, logp in zip(batch, logps):
-            (shared, prompt, last), question = parts[i], questions[i]
-            logp = logp[len(logp) - 1 - len(shared) + prompt:]                                              # from `Answer:` on
+            (shared, prompt, last), q = parts[i], questions[i]
+            logp = logp[reads - 1 - len(shared) + prompt:]                                                  # from `Answer:` on
             common = sum(logp[k, token].item() for k, token in enumerate(shared[prompt:]))
             options = [common + x for x in logp[-1, last].tolist()]
-            choice = question.letters[options.index(max(options))]
-            letter = encoding.decode([logp[0].argmax().item()])
-            rows[i] = dict(subject=question.subject, index=question.index, key=question.key, choice=choice, letter=letter, cut=len(shared) > context,
-                           logps=[round(x, 5) for x in options],
-                           scores=dict(likelihood=int(choice == question.key), letter=int(letter.strip() == question.key)))
-        done, padded = done + sum(lengths[i] for i in batch), padded + len(batch) * lengths[batch[0]]
-        progress(done, sum(lengths))
-    return rows, 1 - done / padded
-
-
-def generate(model, prompts, context, steps, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), progress=lambda done, total: None):
-    """Greedy continuations of prompts (lists of token ids) by `steps` tokens each, from the last `context` tokens -> (lists, share of padding)."""
-    rows, padded, used = [list(prompt) for prompt in prompts], 0, 0
-    lengths = [min(len(row), context) for row in rows]
-    for n, batch in enumerate(list_of_batches := list(batches(lengths, batch_tokens))):
-        for _ in range(steps):
-            windows = [rows[i][-context:] for i in batch]
-            padded, used = padded + len(batch) * max(map(len, windows)), used + sum(map(len, windows))
-            for i, token in zip(batch, read_logits(model, windows, 1, device, amp)[:, 0].argmax(-1).tolist()):
-                rows[i].append(token)
-        progress(n + 1, len(list_of_batches))
-    return [row[len(prompt):] for row, prompt in zip(rows, prompts)], 1 - used / padded
+            choice, letter = q.letters[options.index(max(options))], encoding.decode([logp[0].argmax().item()])
+            rows[i] = dict(subject=q.subject, index=q.index, key=q.key, choice=choice, letter=letter, cut=len(shared) > context,
+                           logps=[round(x, 5) for x in options], scores=dict(likelihood=int(choice == q.key), letter=int(letter.strip() == q.key)))
+    return rows, padding(plan, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,19 +284,26 @@ def f1(answer, text):
     return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b))
 
 
-def score_open(model, encoding, questions, context, **how):
-    """Answers OpenQuestions greedily -> (rows, share of padding). hit: the first answer is a substring of what was generated (paper). Exact match
-    and F1 look at its first line alone, and take the best of all answers that SQuAD gives."""
+def score_open(model, encoding, questions, context, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), name=None, eos=EOS):
+    """Answers OpenQuestions by 16 greedy tokens, up to `eos` -> (rows, share of padding). hit: the first answer is a substring of what was
+    generated (paper). Exact match and F1 look at its first line alone, and take the best of all answers that SQuAD gives."""
     prompts = [encoder(encoding)(question.prompt) for question in questions]
-    generations, waste = generate(model, prompts, context, GENERATED, **how)
-    rows = []
-    for question, prompt, ids in zip(questions, prompts, generations):
-        text = encoding.decode(ids[:ids.index(EOS)] if EOS in ids else ids)
-        line = text.strip().partition('\n')[0]
-        scores = dict(hit=int(question.answers[0] in text), exact_match=int(any(words(a) == words(line) for a in question.answers)),
-                      f1=max(f1(a, line) for a in question.answers))
-        rows.append(dict(subject=question.subject, index=question.index, answers=question.answers, generation=text, cut=len(prompt) > context, scores=scores))
-    return rows, waste
+    lengths, rows = [min(len(prompt), context) for prompt in prompts], [None] * len(questions)
+    plan = list(batches(lengths, batch_tokens))
+    for batch in progress(plan, lengths, name):
+        texts = [list(prompts[i]) for i in batch]
+        for _ in range(GENERATED):
+            logits = read_logits(model, [ids[-context:] for ids in texts], 1, device, amp)                  # B, 1, V
+            for ids, token in zip(texts, logits[:, 0].argmax(-1).tolist()):
+                ids.append(token)
+        for i, ids in zip(batch, texts):
+            q, ids = questions[i], ids[len(prompts[i]):]
+            text = encoding.decode(ids[:ids.index(eos)] if eos in ids else ids)
+            line = text.strip().partition('\n')[0]
+            scores = dict(hit=int(q.answers[0] in text), exact_match=int(any(words(answer) == words(line) for answer in q.answers)),
+                          f1=max(f1(answer, line) for answer in q.answers))
+            rows[i] = dict(subject=q.subject, index=q.index, answers=q.answers, generation=text, cut=len(prompts[i]) > context, scores=scores)
+    return rows, padding(plan, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,27 +346,14 @@ def print_summary(summary, context):
     if len(summary['subjects']) > 1:
         groups = [*summary['subjects'].items(), *summary['categories'].items()]
         lines = [dict(of=name, **cells(x)) for name, x in groups] + lines
-        lines.append(dict(of='macro average', n=len(summary['subjects']), **{name: f'{100 * x:.2f}       ' for name, x in summary['macro'].items()}))
+        lines.append(dict(of='macro average', n=len(summary['subjects']), **{name: f'{100 * x:.2f}' for name, x in summary['macro'].items()}))
     print()
     grow.table(lines)
     if summary['chance']:
         print(f'chance: {100 * summary["chance"]:.2f}')
     left, n = summary['uncut'], summary['total']['n']
     print(f'{summary["cut"]:,} of {n:,} prompts ({summary["cut"] / n:.1%}) exceed the context of {context} tokens and were cut from the left'
-          + (f'; on the other {left["n"]:,}: ' + ', '.join(f'{name} {percent(x)}' for name, x in left.items() if name != 'n') if left['n'] else ''))
-
-
-class Progress:
-    """A line on stderr: share done, and time left."""
-
-    def __init__(self, name):
-        self.name, self.start, self.shown = name, time.monotonic(), 0
-
-    def __call__(self, done, total):
-        now = time.monotonic()
-        if now > self.shown + 0.5 or done == total:
-            self.shown, left = now, (now - self.start) * (total - done) / done
-            print(f'\r{self.name}: {done / total:.0%}, {grow.clock_time(left)} left  ', end='\n' if done == total else '', file=sys.stderr, flush=True)
+          + (f'; the other {left["n"]:,}: ' + ', '.join(f'{name} {percent(x)}' for name, x in left.items() if name != 'n') if left['n'] else ''))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,12 +362,12 @@ class Progress:
 def evaluate(model, sources, target, questions, a, c, amp):
     """Scores one model, writes `target` and prints what is needed to read the score. -> the summary."""
     context, start = model.config.context, time.monotonic()
-    rows, waste = (score_open if a.task == 'squad' else score)(model, tokenizer(), questions, context, batch_tokens=a.batch_tokens, device=c.device,
-                                                              amp=amp, progress=Progress(target.stem))
+    scorer = score_open if a.task == 'squad' else score
+    rows, waste = scorer(model, tokenizer(), questions, context, a.batch_tokens, c.device, amp, target.stem)
     seconds = time.monotonic() - start
     summary = dict(summarise(rows), layers=len(model.blocks), context=context, padding=waste, seconds=seconds)
-    settings = dict(task=a.task, shots=a.shots, limit=a.limit, batch_tokens=a.batch_tokens, device=c.device, dtype=c.dtype, torch=str(torch.__version__),
-                    checkpoints={str(path): prepare_data.sha256_of(path) for path in sources})
+    settings = dict(task=a.task, shots=a.shots, limit=a.limit, batch_tokens=a.batch_tokens, device=c.device, dtype=c.dtype,
+                    torch=str(torch.__version__), checkpoints={str(path): prepare_data.sha256_of(path) for path in sources})
     with replacing(target) as path:
         path.write_text(json.dumps(dict(settings=settings, summary=summary, rows=rows)), encoding='utf-8')
     print_summary(summary, context)
@@ -383,18 +375,14 @@ def evaluate(model, sources, target, questions, a, c, amp):
     return summary
 
 
-def stages(out):
-    """The stage_K.pt of a run, by depth."""
-    found = sorted(Path(out).glob('stage_*.pt'), key=lambda path: int(re.sub(r'\D', '', path.stem) or 0))
-    if not found:
-        raise UserError(f'{out} holds no stage_K.pt: --all_stages takes the folder of a run')
-    return found
-
-
-def checkpoint(out):
-    """OUT, the folder of a run or a checkpoint in it -> (its file, its folder, what it adds to the result's name)."""
-    out = Path(out)
-    return (out, out.parent, '_' + out.stem) if out.is_file() else (out / 'latest.pt', out, '')
+def targets(a):
+    """What to score: [(checkpoint file, file of its result)]. An OUT is the folder of a run, or a checkpoint in it."""
+    files = [Path(out) / 'latest.pt' if Path(out).is_dir() else Path(out) for out in a.out]
+    if a.all_stages:
+        files = sorted(files[0].parent.glob('stage_*.pt'), key=lambda path: int(re.sub(r'\D', '', path.stem) or 0))
+        if not files:
+            raise UserError(f'{a.out[0]} holds no stage_K.pt: --all_stages takes the folder of a run')
+    return [(path, path.parent / f'eval_{a.task}{"" if path.stem == "latest" else "_" + path.stem}.json') for path in files]
 
 
 @cli
@@ -403,7 +391,7 @@ def main(argv=None):
     parser.add_argument('out', nargs='+', metavar='OUT', help='folder of a run, or a stage_K.pt in it; several are experts, which are merged')
     parser.add_argument('--task', choices=list(FILES), default='mmlu', help='(%(default)s)')
     parser.add_argument('--shots', type=int, default=0, help='solved dev questions before each question of MMLU (%(default)s)')
-    parser.add_argument('--data', metavar='DIR', help="folder with the task's files, MMLU's in test/ and dev/; default: data/, downloaded on first use")
+    parser.add_argument('--data', metavar='DIR', help='folder with the files of the task; default: data/, where they are downloaded on first use')
     parser.add_argument('--all_stages', action='store_true', help='score every stage_K.pt of the run')
     parser.add_argument('--limit', type=int, help='score only so many questions, evenly spread over all')
     parser.add_argument('--batch_tokens', type=int, default=8192, help='tokens that pass the model at once (%(default)s)')
@@ -416,22 +404,24 @@ def main(argv=None):
         parser.error('--shots is for mmlu, which alone has a dev split')
     if a.all_stages and len(a.out) > 1:
         parser.error('--all_stages takes one OUT')
-    c, _ = grow.configure(['--device', a.device, '--dtype', a.dtype, '--no-compile', *(['--moe', *a.out] if len(a.out) > 1 else [])])
-    files = [(path, Path(a.out[0]), '_' + path.stem) for path in stages(a.out[0])] if a.all_stages else [checkpoint(out) for out in a.out]
+    c, _ = grow.configure(['--device', a.device, '--dtype', a.dtype, '--no-compile'])
+    files = targets(a)
     questions = read_task(a.task, a.data, a.shots)
-    if a.limit:
-        questions = [questions[i * len(questions) // a.limit] for i in range(min(a.limit, len(questions)))]
-    print(f'{a.task}, {a.shots}-shot: {len(questions):,} questions in {len({q.subject for q in questions})} subjects')
-    amp = grow.set_up(c)
-    if len(a.out) > 1:
-        return evaluate(grow.merge_experts(c), [path for path, _, _ in files], files[0][1] / f'eval_{a.task}_merged.json', questions, a, c, amp)
-    depths = []
-    for path, folder, suffix in files:
+    n = min(a.limit or len(questions), len(questions))
+    questions = [questions[i * len(questions) // n] for i in range(n)]
+    print(f'{a.task}, {a.shots}-shot: {n:,} questions in {len({q.subject for q in questions})} subjects')
+    amp, depths = grow.set_up(c), []
+    if len(files) > 1 and not a.all_stages:
+        c.moe = a.out
+        target = files[0][1].with_name(f'eval_{a.task}_merged.json')
+        evaluate(grow.merge_experts(c), [path for path, _ in files], target, questions, a, c, amp)
+        return
+    for path, target in files:
         print(f'\n{path}')
-        summary = evaluate(grow.load_model(path, c.device), [path], folder / f'eval_{a.task}{suffix}.json', questions, a, c, amp)
+        summary = evaluate(grow.load_model(path, c.device), [path], target, questions, a, c, amp)
         depths.append(dict(checkpoint=path.name, layers=summary['layers'], **cells(summary['total'])))
     if a.all_stages:
-        print(f'\nscore by depth, in percent; chance {100 * summary["chance"]:.2f}' if summary['chance'] else '\nscore by depth, in percent')
+        print('\nscore by depth, in percent' + (f'; chance {100 * summary["chance"]:.2f}' if summary['chance'] else ''))
         grow.table(depths)
 
 

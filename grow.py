@@ -63,7 +63,8 @@ class Config:
     batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
     micro_batch: int = opt(None, 'sequences that pass the model at once; gradients add up over the rest of the batch', 1, 10**5)
     lr: float = opt(None, 'peak learning rate of the blocks', 1e-8, 1)
-    head_lr: float = opt(None, 'peak learning rate of the output layer', 1e-8, 1)
+    head_lr: float = opt(None, 'peak learning rate of the output layer in the first phase', 1e-8, 1)
+    head_lr_later: float = opt(None, 'the same in every later phase, where it starts warm', 1e-8, 1)
     warmup: int = opt(10, 'steps of linear warm-up in every phase; then a cosine to a tenth of the peak', 0, 10**6)
     weight_decay: float = opt(0.1, 'AdamW weight decay of matrices in blocks', 0, 1)
     clip: float = opt(1.0, 'largest gradient norm', 1e-6, 1e6)
@@ -100,9 +101,9 @@ class Config:
 
 
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=180_224, batch_tokens=512, micro_batch=4, lr=5e-4, head_lr=1e-2,
+    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=180_224, batch_tokens=512, micro_batch=4, lr=5e-4, head_lr=1e-2, head_lr_later=2e-3,
                    lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
-    'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4,
+    'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, head_lr_later=6e-4,
                 lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
 }
 RUNTIME = {'out', 'resume', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # what a resumed run may change
@@ -539,7 +540,7 @@ def compile_model(model):
     model.head_loss = torch.compile(head_loss, dynamic=False)
 
 
-def make_optimizer(model, c):
+def make_optimizer(model, c, later=False):
     """AdamW over exactly the trainable parameters; a fresh one for every phase, since a frozen tensor that stays in an optimiser
     still moves by weight decay and momentum."""
     matrices, vectors, adapters, head = [], [], [], []
@@ -548,7 +549,7 @@ def make_optimizer(model, c):
             kind = head if name.startswith('head') else adapters if name.endswith(('.A', '.B')) else matrices if name.endswith('.weight') and p.dim() == 2 else vectors
             kind.append(p)
     groups = [dict(params=matrices, lr=c.lr, weight_decay=c.weight_decay), dict(params=vectors, lr=c.lr),     # the table of a learned
-              dict(params=adapters, lr=c.lora_lr), dict(params=head, lr=c.head_lr)]                           # interface is with vectors
+              dict(params=adapters, lr=c.lora_lr), dict(params=head, lr=c.head_lr_later if later else c.head_lr)]   # interface is with vectors
     for group in groups:
         group['peak'] = group['lr']
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -820,7 +821,7 @@ def train(c, given):
                                   total=count(model.parameters()), tokens=at['global_step'] * c.batch_tokens, **val, tokens_per_s=round(speed)))
 
     stop = []                                         # Ctrl-C waits for the end of the step: none is cut in half
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
     if not ckpt:
         save_as('latest.pt', optimizer=None)
     while at['phase'] < len(plan):
@@ -831,7 +832,7 @@ def train(c, given):
         enter(model, phase)
         if c.compile:
             compile_model(model)
-        optimizer = make_optimizer(model, c)
+        optimizer = make_optimizer(model, c, later=bool(at['history']))
         if at['step']:
             optimizer.load_state_dict(ckpt['optimizer'])
         sizes = dict(active_params=count(model.parameters(), active=True), total_params=count(model.parameters()))
@@ -863,6 +864,7 @@ def train(c, given):
                 save_as('latest.pt', optimizer=optimizer.state_dict())
                 saved = time.monotonic()
                 if stop:
+                    signal.signal(signal.SIGINT, handler)
                     print(f'stopped: go on with --resume --out {out}')
                     raise KeyboardInterrupt
             clock = time.monotonic()                  # checkpoints and evaluation do not count
@@ -880,6 +882,7 @@ def train(c, given):
         at.update(phase=at['phase'] + 1, step=0)
         save_as(f'stage_{phase.stage}.pt')            # after a LoRA phase once more
         save_as('latest.pt', optimizer=None)
+    signal.signal(signal.SIGINT, handler)
     report(model, at, batches, c, amp)
     return out
 

