@@ -140,12 +140,12 @@ SQUAD_URL = 'https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json'
 def fetch(task, root):
     """Downloads a task to root/mmlu, root/arc, root/csqa or root/squad. Archives are unpacked beside their folder, which is whole or absent."""
     folder = root / Path(FILES[task]).parts[0]
-    if folder.exists():
-        raise UserError(f'{folder} exists but lacks {FILES[task]}: restore or remove it, or name another folder with --data')
     if task in ('csqa', 'squad'):
         url = CSQA_URL if task == 'csqa' else SQUAD_URL
         prepare_data.download(url, folder / url.rpartition('/')[2])
         return
+    if folder.exists():
+        raise UserError(f'{folder} exists but lacks {FILES[task]}: restore or remove it, or name another folder with --data')
     archive = root / ('mmlu.tar' if task == 'mmlu' else 'arc.zip')
     prepare_data.download(*((MMLU_URL, archive, MMLU_SHA256) if task == 'mmlu' else (ARC_URL, archive)))
     with tempfile.TemporaryDirectory(dir=root) as beside:
@@ -382,6 +382,9 @@ def targets(a):
         files = sorted(files[0].parent.glob('stage_*.pt'), key=lambda path: int(re.sub(r'\D', '', path.stem) or 0))
         if not files:
             raise UserError(f'{a.out[0]} holds no stage_K.pt: --all_stages takes the folder of a run')
+    for path in files:
+        if not path.is_file():
+            raise UserError(f'{path} does not exist: OUT must be the folder of a run, or a checkpoint in it')
     return [(path, path.parent / f'eval_{a.task}{"" if path.stem == "latest" else "_" + path.stem}.json') for path in files]
 
 
@@ -397,7 +400,7 @@ def main(argv=None):
     parser.add_argument('--batch_tokens', type=int, default=8192, help='tokens that pass the model at once (%(default)s)')
     parser.add_argument('--device', default='auto', choices=['auto', 'cpu', 'cuda', 'mps'])
     parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16'], help='of matrix products, as in grow.py')
-    a = parser.parse_args(argv)
+    a = parser.parse_intermixed_args(argv)
     if a.shots < 0 or a.batch_tokens < 1 or a.limit is not None and a.limit < 1:
         parser.error('--shots must be at least 0, --limit and --batch_tokens at least 1')
     if a.shots and a.task != 'mmlu':
@@ -409,7 +412,7 @@ def main(argv=None):
     questions = read_task(a.task, a.data, a.shots)
     n = min(a.limit or len(questions), len(questions))
     questions = [questions[i * len(questions) // n] for i in range(n)]
-    print(f'{a.task}, {a.shots}-shot: {n:,} questions in {len({q.subject for q in questions})} subjects')
+    print(f'{a.task}, {a.shots}-shot: {n:,} questions, {len({q.subject for q in questions})} subject(s)')
     amp, depths = grow.set_up(c), []
     if len(files) > 1 and not a.all_stages:
         c.moe = a.out

@@ -38,11 +38,9 @@ from substrate import EOS, VOCAB, Parser, Substrate, UserError, cli, digest, rep
 # Hyperparameters. The command line is made from this block: `layers` is `--layers 9`. A default of None depends on the
 # device (PRESETS below). The paper gives the architecture; optimiser, schedule, batch and births are this project's choice.
 
-
 def opt(default, help, *allowed):
     """A hyperparameter: default, meaning, and what is allowed: lowest and highest number, or the words to choose from."""
     return field(default=default, metadata=dict(help=help, allowed=allowed))
-
 
 @dataclass
 class Config:
@@ -71,7 +69,7 @@ class Config:
     eval_tokens: int = opt(None, 'validate on the first so many tokens of the val split, always the same', 1, 10**12)
     seed: int = opt(0, 'of weights at birth, data order and sampling', 0, 2**31 - 1)
     # LoRA
-    lora: str = opt('none', 'low-rank adapters on frozen blocks: in phases of their own after stages (interleaved), or beside new blocks (joint)',
+    lora: str = opt(None, 'low-rank adapters on frozen blocks: in phases of their own after stages (interleaved), or beside new blocks (joint)',
                     'none', 'interleaved', 'joint')
     lora_stages: str = opt('all', 'stages that a LoRA phase follows, such as 2,3; all: every one from the second')
     lora_tokens: int = opt(None, 'training tokens of a LoRA phase; default: as many as a stage', 1, 10**12)
@@ -99,23 +97,25 @@ class Config:
     born_layers: int = 0
     born_stage: int = 0
 
-
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=180_224, batch_tokens=512, micro_batch=4, lr=5e-4, head_lr=1e-2, head_lr_later=2e-3,
-                   lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
+    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=131_072, batch_tokens=512, micro_batch=4, lr=5e-4, head_lr=1e-2, head_lr_later=2e-3,
+                   lora='interleaved', lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
     'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, head_lr_later=6e-4,
-                lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
+                lora='none', lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
 }
 RUNTIME = {'out', 'resume', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # what a resumed run may change
-
 
 def configure(argv):
     """Command line -> (Config, dict of the flags that were given). A bad flag ends in one sentence and exit status 2."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags = [f for f in dataclasses.fields(Config) if f.metadata]
     for f in flags:
-        default = ', '.join(f'{p[f.name]:g} on a {name}' for name, p in PRESETS.items() if f.name in p) or f.default
-        allowed, help = f.metadata['allowed'], f'{f.metadata["help"]} (default: {default})'
+        allowed, help = f.metadata['allowed'], f.metadata['help']
+        default = ', '.join(f'{p[f.name]} on a {name}' for name, p in PRESETS.items() if f.name in p) or f.default
+        if f.type in (int, float):
+            help += f'; {allowed[0]:g} to {allowed[1]:g}'
+        if default not in (None, ()):
+            help += f' (default: {default})'
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(nargs='+') if f.type is tuple else
                 dict(choices=allowed) if f.type is str and allowed else dict(type=f.type))
         parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=help, **kind)
@@ -149,7 +149,7 @@ def configure(argv):
             (c.batch_tokens % (c.micro_batch * c.context),
              f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch {c.micro_batch} x --context {c.context}'),
             (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
-            (c.monolithic and (c.lora != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
+            (c.monolithic and (given.get('lora', 'none') != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
             (c.lora_stages != 'all' and not all(s.isdecimal() for s in c.lora_stages.split(',')), f'--lora_stages {c.lora_stages} must be all, or numbers like 2,3'),
             (len(c.moe) == 1 or c.tune_heads and not c.moe, '--moe needs two experts or more, and --tune_heads needs --moe'),
             (c.tune_heads and c.tune_heads < c.batch_tokens, f'--tune_heads must be at least the --batch_tokens {c.batch_tokens} of one step'),
@@ -158,18 +158,15 @@ def configure(argv):
             parser.error(message)
     return c, given
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Model: a pre-norm decoder with rotary positions (paper section 3; pre-norm, eps and initial weights are our choice)
 
 HEAD_ROWS = 8192   # more tokens than this pass the head in slices, so that T x 65,536 logits never exist at once
 
-
 def rotate(x, cos, sin):
     """Rotary position embedding, half-split pairing. x: B, H, T, D; cos, sin: T, D/2."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
 
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream. 12 d^2 + 9 d parameters: 12,592,128 at d_model 1024."""
@@ -203,16 +200,13 @@ class Block(nn.Module):
         self.up.bias.zero_()
         self.down.bias.zero_()
 
-
 def generator(*of):
     """A random generator that depends on `of` alone, so that nothing random needs to be remembered over a kill."""
     return torch.Generator().manual_seed(int(digest(*of)[:15], 16))
 
-
 def head_loss(h, weight, bias, targets):
     """Sum of the cross-entropies (nats) of the rows of h (N, d) under the linear head; targets (N,), those of -100 left out."""
     return F.cross_entropy(F.linear(h, weight, bias).float(), targets, reduction='sum')
-
 
 class GrowingTransformer(nn.Module):
     """A token interface, blocks (none at birth: `append` adds them on top), a final LayerNorm and an untied output layer.
@@ -258,7 +252,6 @@ class GrowingTransformer(nn.Module):
             loss = loss + (self.head_loss(*args) if len(h) <= HEAD_ROWS else checkpoint(self.head_loss, *args, use_reentrant=False))
         return None, loss / (targets != -100).sum()
 
-
 def new_model(c, batches):
     """A model without blocks, on its interface. The head is born as a unigram model (our choice): weights zero, and a bias of
     the log frequencies of the training tokens, which saves the steps that would otherwise go into learning them."""
@@ -272,12 +265,10 @@ def new_model(c, batches):
             model.head.bias.zero_()
     return model.to(c.device)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA: a frozen linear layer learns a low-rank correction, which is then merged away (paper section 4)
 
 LINEARS = 'qkv', 'out', 'up', 'down'   # q, k and v share one adapter: 16 d r parameters a block
-
 
 class LoRA(nn.Module):
     """W x + b + B A x with the linear layer (W, b) frozen; A (rank, in) is random, B (out, rank) zero: at birth an exact no-op.
@@ -300,14 +291,12 @@ class LoRA(nn.Module):
         self.B.zero_()
         return self.linear
 
-
 def add_adapters(blocks, rank, *seed):
     """Puts an adapter on the four linear layers of every block that has none yet."""
     for k, block in enumerate(blocks):
         for name in LINEARS:
             if not isinstance(getattr(block, name), LoRA):
                 setattr(block, name, LoRA(getattr(block, name), rank, generator(*seed, k, name)))
-
 
 def merge_adapters(blocks):
     """Adds every adapter to its linear layer and removes it: the model has the parameters it had before."""
@@ -316,10 +305,8 @@ def merge_adapters(blocks):
             if isinstance(getattr(block, name), LoRA):
                 setattr(block, name, getattr(block, name).merged())
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Growth: phases, each with its own trainable set (paper section 4), and the ledger that proves the budget
-
 
 @dataclass
 class Phase:
@@ -330,7 +317,6 @@ class Phase:
     trained: int    # how many of them train: the topmost ones
     steps: int      # optimiser steps
     rank: int = 0   # of the adapters on all other blocks; 0 = none
-
 
 def phases(c):
     """The run as a list of phases. The monolithic baseline is one phase over all blocks with as many tokens in all."""
@@ -346,7 +332,6 @@ def phases(c):
             plan.append(Phase('lora', stage, depth, 0, c.lora_tokens // c.batch_tokens, rank))
         below = depth
     return [Phase('grow', 1, c.layers, c.layers, sum(p.steps for p in plan))] if c.monolithic else plan
-
 
 def enter(model, phase):
     """Appends the phase's new blocks and adapters, and sets what trains: the topmost blocks, adapters on the others if any, the
@@ -368,17 +353,14 @@ def enter(model, phase):
         assert count(model.parameters(), active=True) <= budget(c), f'{phase} exceeds the budget of active parameters'
     model.interface.requires_grad_(model.interface.name == 'learned' and phase.stage == 1)
 
-
 def budget(c):
     """The most parameters that may train at a time: the blocks of one stage, the head and the final LayerNorm."""
     d = c.d_model
     return c.layers_per_stage * (12 * d * d + 9 * d) + d * VOCAB + VOCAB + 2 * d
 
-
 def count(parameters, active=False):
     """Number of parameters in all, or of the active (trainable) ones."""
     return sum(p.numel() for p in parameters if p.requires_grad or not active)
-
 
 def flops_per_token(c, phase):
     """Training FLOPs a token, (blocks, head): 2 a multiply-add, attention causal. A trained block costs its forward pass and twice
@@ -388,7 +370,6 @@ def flops_per_token(c, phase):
     if phase.rank:
         frozen += matrices + 2 * attention + 3 * 2 * 16 * c.d_model * phase.rank
     return frozen * (phase.depth - phase.trained) + 3 * (matrices + attention) * phase.trained, 3 * 2 * c.d_model * VOCAB
-
 
 def ledger(c):
     """One dict a phase: what is frozen, what trains, what it costs. Built by the training code itself, on the meta device."""
@@ -405,14 +386,12 @@ def ledger(c):
             merge_adapters(model.blocks)
     return rows
 
-
 def table(rows):
     """Prints dicts of equal keys as an aligned table; integers with thousands separators."""
     cells = [list(rows[0])] + [[f'{v:,}' if isinstance(v, int) else f'{v:.3f}' if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print('  '.join(cell.rjust(w) for cell, w in zip(line, widths)))
-
 
 def print_plan(c):
     """The ledger of this run, of the monolithic model, and of the monolithic model with a trainable embedding."""
@@ -429,10 +408,8 @@ def print_plan(c):
             print(f'joint adapters exceed the budget of {budget(c):,} active parameters by up to {over:,}')
         print()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Composition: experts trained apart on one interface become one model by averaging their logits (paper section 5)
-
 
 class MixtureOfExperts(nn.Module):
     """The mean of the experts' logits, as a model like any other. Their heads are linear, so the mean of the logits is one linear
@@ -467,7 +444,6 @@ class MixtureOfExperts(nn.Module):
 
     forward = GrowingTransformer.forward
 
-
 def tables_differ(experts):
     """What keeps experts from sharing an interface, in words, or ''. The tables are compared themselves, not their names (SPEC: within 1e-5)."""
     first, *others = [e.interface for e in experts]
@@ -479,7 +455,6 @@ def tables_differ(experts):
             return f'the tables of {first.name} and {other.name} differ by up to {difference:.2g}'
     return ''
 
-
 def merge_experts(c):
     """The experts of --moe as one model on c.device. Raises UserError if their interfaces differ, unless that is allowed."""
     experts = [load_model(path) for path in c.moe]
@@ -488,7 +463,6 @@ def merge_experts(c):
     if (why := tables_differ(experts)) and not c.allow_mismatch:
         raise UserError(f'these experts have no common interface: {why}; train them on the same substrate, or give --allow_mismatch')
     return MixtureOfExperts(experts).share_interface().to(c.device).eval()
-
 
 def compare_experts(c):
     """Prints the loss of every expert and of their mean on every data set, beside n-gram baselines counted on its training split."""
@@ -505,10 +479,8 @@ def compare_experts(c):
         rows += [dict(model=name, data=d.name, **in_units(loss, d)) for name, loss in zip(('unigram', 'bigram'), losses)]
     table(rows)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, optimiser, schedule
-
 
 def set_up(c):
     """Chooses precision and compilation where the user did not, prints them, and returns the context of mixed precision."""
@@ -520,16 +492,17 @@ def set_up(c):
         raise UserError('--compile needs a C++ compiler and the Python headers: install g++ and python3-dev, or give --no-compile')
     c.compile = bool(compiler) if c.compile is None else c.compile
     torch.set_float32_matmul_precision('high')       # TF32 on CUDA for what stays float32
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(c.device == 'cuda', warn_only=True)      # the same losses again, on one device
+    torch.utils.deterministic.fill_uninitialized_memory = False
     name = torch.cuda.get_device_name() if c.device == 'cuda' else f'{torch.get_num_threads()} threads'
     print(f'device {c.device} ({name}), {c.dtype}, {"compiled" if c.compile else "eager"}, torch {torch.__version__}')
     return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == 'bfloat16')
-
 
 def native_bf16():
     """Whether this CPU multiplies bfloat16 by itself; where it does not, bfloat16 is slower than float32."""
     has = torch.cpu.get_capabilities()
     return has.get('avx512_bf16', False) or has.get('amx_bf16', False) or has.get('bf16', False)
-
 
 def compile_model(model):
     """Compiles block by block and in place: blocks share their graphs, so growing costs nothing, and state-dict keys stay."""
@@ -538,7 +511,6 @@ def compile_model(model):
     for block in model.blocks:
         block.compile(dynamic=False)
     model.head_loss = torch.compile(head_loss, dynamic=False)
-
 
 def make_optimizer(model, c, later=False):
     """AdamW over exactly the trainable parameters; a fresh one for every phase, since a frozen tensor that stays in an optimiser
@@ -554,17 +526,14 @@ def make_optimizer(model, c, later=False):
         group['peak'] = group['lr']
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
-
 def lr_factor(c, step, steps):
     """Linear warm-up, then a cosine from 1 to 0.1."""
     if step < c.warmup:
         return (step + 1) / (c.warmup + 1)
     return 0.55 + 0.45 * math.cos(math.pi * (step - c.warmup) / max(1, steps - c.warmup))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: OUT/latest.pt holds all that a bit-exact resume needs, OUT/stage_K.pt a model
-
 
 def save(path, **content):
     """torch.save, beside the target and renamed; a full disk leaves the old file in place."""
@@ -573,7 +542,6 @@ def save(path, **content):
             torch.save(content, beside)
     except RuntimeError as error:                    # what torch makes of a failed write
         raise UserError(f'{path} could not be written ({str(error).splitlines()[0]}): is the disk full? The last good file is still in place') from None
-
 
 def load(path):
     """Reads a checkpoint: tensors and plain values only, never code. Raises UserError naming the file that cannot be read."""
@@ -589,7 +557,6 @@ def load(path):
         raise UserError(f'{path} was trained with another list of n-grams: put interface/ngrams.txt of that time in place')
     return ckpt
 
-
 def restore(ckpt, c=None):
     """Checkpoint -> its model (to go on under another config c), with its own interface table, and everything frozen."""
     if 'experts' in ckpt:
@@ -602,19 +569,16 @@ def restore(ckpt, c=None):
     model.load_state_dict(ckpt['model'])
     return (model.share_interface() if 'experts' in ckpt else model).requires_grad_(False)
 
-
 def parts(model):
     """What `bare_model` needs to build the model again, for its checkpoint."""
     if isinstance(model, MixtureOfExperts):
         return dict(experts=[dict(config=dataclasses.asdict(e.config), **parts(e)) for e in model.experts])
     return dict(depth=len(model.blocks), interface=model.interface.fingerprint)
 
-
 def bare_model(c, ckpt):
     model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, ckpt['interface']))
     model.append(ckpt['depth'])
     return model
-
 
 def load_model(path, device='cpu'):
     """A run's folder (its latest state) or a checkpoint file -> the model in eval mode, float32, adapters merged."""
@@ -623,11 +587,11 @@ def load_model(path, device='cpu'):
     merge_adapters(model.blocks)                      # a run may have been stopped in a LoRA phase
     return model.to(device).eval()
 
-
 def open_out(c):
     """The run's folder, locked for this process. Refuses one that another process writes to."""
     import fcntl                                     # Linux and macOS
-    c.out = c.out or newest_out() if c.resume else c.out or f'out/{1 + max(numbered_outs(), default=0):03d}'
+    number = 1 + max((int(p.name) for p in Path('out').glob('*') if p.name.isdecimal()), default=0)
+    c.out = c.out or (newest_out() if c.resume else f'out/{number:03d}')
     out = Path(c.out)
     if c.resume and not (out / 'latest.pt').exists():
         raise UserError(f'{out} holds no checkpoint to resume: leave out --resume to start there')
@@ -641,11 +605,6 @@ def open_out(c):
         raise UserError(f'{out} holds a run already: go on with it by --resume, or choose another --out')
     return out, lock                                 # the lock lasts as long as the file object
 
-
-def numbered_outs():
-    return [int(p.name) for p in Path('out').glob('*') if p.name.isdigit()]
-
-
 def newest_out():
     """The folder in out/ with the newest checkpoint."""
     runs = sorted(Path('out').glob('*/latest.pt'), key=lambda p: p.stat().st_mtime)
@@ -653,10 +612,8 @@ def newest_out():
         raise UserError('there is no run in out/ yet: train one with `python grow.py`, or name one with --out')
     return str(runs[-1].parent)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation and sampling
-
 
 @torch.no_grad()
 def evaluate(model, dataset, c, amp):
@@ -672,18 +629,15 @@ def evaluate(model, dataset, c, amp):
         total += loss.item() * valid
     return total / tokens
 
-
 def in_units(loss, dataset):
     """A loss in nats a token -> the three units in which it is read."""
     return dict(val_loss=loss, perplexity=math.exp(loss), bits_per_byte=loss / math.log(2) / dataset.bytes_per_token)
-
 
 def validate(model, datasets, weights, c, amp):
     """The three units, averaged over the data sets by their weights; the loss of each set beside them where there are several."""
     each = [in_units(evaluate(model, d, c, amp), d) for d in datasets]
     mean = {unit: sum(w * e[unit] for w, e in zip(weights, each)) / sum(weights) for unit in each[0]}
     return mean | ({f'val_{d.name}': e['val_loss'] for d, e in zip(datasets, each)} if len(each) > 1 else {})
-
 
 @torch.no_grad()
 def sample(model, text, c, amp):
@@ -703,14 +657,12 @@ def sample(model, text, c, amp):
                 break
     return encoding.decode(ids[start:], errors='replace')
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 PROMPT = 'The default value is'
 COLUMNS = 'phase stage step tokens seconds train_loss val_loss lr active_params total_params tokens_per_s'.split()
 LOG_EVERY = 10   # steps
-
 
 def train_step(model, optimizer, batches, step, c, amp):
     """One optimiser step on global batch number `step`. Returns (loss, gradient norm); a loss or norm that is not finite changes nothing."""
@@ -729,11 +681,9 @@ def train_step(model, optimizer, batches, step, c, amp):
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
-
 def machine(c):
     """What a trajectory depends on besides config and data. A resumed run says so when it differs."""
     return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=c.device, dtype=c.dtype, compile=c.compile)
-
 
 def resumed_config(c, given, ckpt, path):
     """The config in the checkpoint, with what the flags may change. Other flags must agree with it."""
@@ -742,7 +692,6 @@ def resumed_config(c, given, ckpt, path):
         if given[name] != getattr(stored, name):
             raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
     return dataclasses.replace(stored, **{name: getattr(c, name) for name in RUNTIME & given.keys() | {'out', 'resume', 'save_every'}})
-
 
 def open_data(c):
     """--data -> (data sets, their whole-number weights). The text of the standard library is prepared on the spot: every machine has it."""
@@ -754,7 +703,6 @@ def open_data(c):
         if not weight.isdecimal() or not int(weight):
             raise UserError(f'--data {name}:{weight}: a weight is a whole number from 1, as in {name}:3', status=2)
     return [prepare_data.Dataset(name) for name, _ in pairs], [int(weight) for _, weight in pairs]
-
 
 def grown_config(c, given):
     """The config for --grow_from: its model's sizes and interface, and the depth and stage from which it grows on."""
@@ -770,7 +718,6 @@ def grown_config(c, given):
     if c.layers <= ckpt['depth']:
         raise UserError(f'--layers {c.layers}: the model in {c.grow_from} has {ckpt["depth"]} already; give a larger number', status=2)
     return dataclasses.replace(c, born_layers=ckpt['depth'], born_stage=phases(source)[-1].stage)
-
 
 def train(c, given):
     """The main job: grows a model phase by phase, or goes on where OUT/latest.pt stands. -> the folder of the run."""
@@ -799,9 +746,11 @@ def train(c, given):
         print(f'resuming {out} in phase {at["phase"] + 1} of {len(plan)} after step {at["step"]}')
     if ckpt or c.grow_from:
         model = restore(ckpt or load(Path(c.grow_from) / 'latest.pt'), c).to(c.device)
+        if c.grow_from:
+            print(f'growing on from the {c.born_layers} layers of {c.grow_from}')
     else:
         model = merge_experts(c) if c.moe else new_model(c, batches)
-    log = open(out / 'log.csv', 'a')
+    log = open(out / 'log.csv', 'a', buffering=1)     # line by line, for whoever looks on
     log.truncate(at['log_bytes'])                     # rows after the checkpoint are about to be written again
     if not at['log_bytes']:
         log.write(','.join(COLUMNS) + '\n')
@@ -817,8 +766,8 @@ def train(c, given):
              data=fingerprint, machine=machine(c), at=at, **more)
 
     def result(name, val, speed):
-        at['history'].append(dict(phase=name, stage=phase.stage, layers=len(model.blocks), rank=phase.rank, active=count(model.parameters(), active=True),
-                                  total=count(model.parameters()), tokens=at['global_step'] * c.batch_tokens, **val, tokens_per_s=round(speed)))
+        at['history'].append(dict(phase=name, stage=phase.stage, layers=len(model.blocks), rank=phase.rank, **sizes,
+                                  tokens=at['global_step'] * c.batch_tokens, **val, tokens_per_s=round(speed)))
 
     stop = []                                         # Ctrl-C waits for the end of the step: none is cut in half
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
@@ -828,6 +777,7 @@ def train(c, given):
         # ---- enter the phase: new blocks, what is frozen, a fresh optimiser
         phase = plan[at['phase']]
         if len(model.blocks) and not at['history']:   # --grow_from, --moe: what there is to begin with
+            sizes = dict(active_params=0, total_params=count(model.parameters()))
             result('before', validate(model, datasets, weights, c, amp), 0)
         enter(model, phase)
         if c.compile:
@@ -886,10 +836,8 @@ def train(c, given):
     report(model, at, batches, c, amp)
     return out
 
-
 def clock_time(seconds):
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
-
 
 def report(model, at, batches, c, amp):
     """Prints the table of the stages, the n-gram baselines counted on the very tokens the run saw, peak memory, and a sample."""
@@ -902,7 +850,6 @@ def report(model, at, batches, c, amp):
     print(f'peak memory {peak_memory(c.device) / 2**30:.2f} GiB, {clock_time(at["seconds"])} of training\n')
     print(f'--- sample\n{PROMPT}{sample(model, PROMPT, c, amp)}')
 
-
 def peak_memory(device):
     """Bytes: of the GPU's allocator, elsewhere of the whole process."""
     if device == 'cuda':
@@ -910,10 +857,8 @@ def peak_memory(device):
     import resource                                  # Linux and macOS; kilobytes on the one, bytes on the other
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
-
 
 @cli
 def main(argv=None):
@@ -930,7 +875,6 @@ def main(argv=None):
             print('no GPU: the laptop preset (' + ', '.join(f'{k} {getattr(c, k):g}' for k in PRESETS['laptop']) + ')')
         out = train(c, given)
         print(f'\nsaved in {out}; continue any text with: python grow.py --out {out} --sample "The default value"')
-
 
 if __name__ == '__main__':
     main()

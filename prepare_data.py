@@ -44,18 +44,17 @@ SMALLEST = 1_025           # tokens that a split needs: one sequence at the pape
 COUNTED = 20_000_000       # tokens that the n-gram baselines count, which still fit into memory
 ENDINGS = ('.jsonl', '.md', '.py', '.txt')
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents of the standard library, text that every Python brings along. Docstrings, comments and help topics are prose;
 # the code between them would mostly teach a small model indentation. Python 3.11 gives 656 documents, 2.9 MB, 1.7 M tokens, in 5 s.
 
 def normalised(text):
-    """Plain prose: lines wrapped in mid-sentence are joined, paragraphs with interactive examples or tables left out, rulers cut to three characters."""
+    """Plain prose: lines wrapped in mid-sentence are joined, paragraphs with interactive examples or tables left out, runs of blanks or
+    punctuation cut to three characters."""
     text = text.encode(errors='replace').decode()      # a docstring may hold half a surrogate pair, which is no character
     text = inspect.cleandoc(re.sub(r'[ \t]+$', '', text, flags=re.MULTILINE))
     text = '\n\n'.join(paragraph for paragraph in text.split('\n\n') if not re.search(r'>>>|^ *[|+]', paragraph, flags=re.MULTILINE))
-    return re.sub(r'([^a-zA-Z0-9\s])\1{3,}', r'\1\1\1', re.sub(r'(?<=[a-z,])\n(?=[a-z(`"*])', ' ', text))
-
+    return re.sub(r'([^a-zA-Z0-9])\1{3,}', r'\1\1\1', re.sub(r'(?<=[a-z,])\n(?=[a-z(`"*])', ' ', text))
 
 def prose(source):
     """The docstrings of a module and its comment blocks (runs of full-line comments), in source order."""
@@ -76,9 +75,8 @@ def prose(source):
             pieces.append((line, text))
     return [text for _, text in sorted(pieces)]
 
-
 def stdlib_documents():
-    """Yields one document a module, then one a topic of Python's `help()`."""
+    """Yields a document for each 4,000 characters of a module, then one a topic of Python's `help()`."""
     from pydoc_data.topics import topics
     library = Path(sysconfig.get_path('stdlib'))
     left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', '__pycache__'}
@@ -90,10 +88,18 @@ def stdlib_documents():
                     pieces = prose(f.read())
             except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):     # some are broken on purpose
                 continue
-            yield '\n\n'.join(piece for piece in pieces if not (piece in seen or seen.add(piece)))
+            held, size = [], 0
+            for piece in pieces:
+                if piece not in seen:
+                    seen.add(piece)
+                    held.append(piece)
+                    size += len(piece)
+                if size > 4000:                        # characters: documents of like size make the split an even one
+                    yield '\n\n'.join(held)
+                    held, size = [], 0
+            yield '\n\n'.join(held)
     for key in sorted(topics):
         yield normalised(topics[key])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents of text files, read line by line: a file may be larger than the memory
@@ -101,14 +107,12 @@ def stdlib_documents():
 def numbered_lines(f):
     return enumerate(iter(lambda: f.readline(LONGEST + 1), b''), start=1)
 
-
 def decoded(raw, path, first_line):
     try:
         return raw.decode('utf-8-sig')                 # -sig: without the mark that some editors put before UTF-8
     except UnicodeDecodeError as error:
         line = first_line + raw.count(b'\n', 0, error.start)
         raise UserError(f'{path}, line {line}: not UTF-8; convert the file first, for example with iconv -t utf-8') from None
-
 
 def text_documents(path, split_line=None):
     """Yields what stands between lines equal to `split_line`; without it the whole file, or pieces of a long one."""
@@ -127,7 +131,6 @@ def text_documents(path, split_line=None):
                 held, size, first = [], 0, number + 1
     yield decoded(b''.join(held), path, first)
 
-
 def jsonl_documents(path):
     """Yields the "text" of each row."""
     with open(path, 'rb') as f:
@@ -143,7 +146,6 @@ def jsonl_documents(path):
                     raise UserError(f'{path}, line {number}: not a JSON object with a "text" of valid Unicode; mend or remove it') from None
                 yield text
 
-
 def file_documents(paths, split_line=None):
     """The documents of files, whatever their ending, and of folders, recursively by ENDINGS and sorted."""
     files = []
@@ -154,7 +156,6 @@ def file_documents(paths, split_line=None):
         files += found
     return (text for path in files for text in (jsonl_documents(path) if path.suffix == '.jsonl' else text_documents(path, split_line)))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing shards
 
@@ -164,7 +165,6 @@ def sha256_of(path):
         for block in iter(lambda: f.read(2**20), b''):
             sha.update(block)
     return sha.hexdigest()
-
 
 class ShardWriter:
     """Appends documents to {split}_000000.npy, {split}_000001.npy, ... and counts them; a document may go on in the next shard."""
@@ -191,7 +191,6 @@ class ShardWriter:
             self.shards[target.name] = {'tokens': self.filled, 'sha256': sha256_of(target)}
             self.filled = 0
 
-
 @contextlib.contextmanager
 def new_folder(folder):
     """Yields an empty folder beside `folder` that becomes it in the end: a data set is whole or absent."""
@@ -210,7 +209,6 @@ def new_folder(folder):
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         os.close(lock)
-
 
 def prepare(name, documents, source, root='data'):
     """Writes the data set root/name from an iterable of strings; returns its meta, a dict. `source` says where the text is from."""
@@ -246,10 +244,8 @@ def prepare(name, documents, source, root='data'):
           f'{val.tokens:,} validation tokens, {time.time() - start:.0f} s')
     return meta
 
-
 def prepare_stdlib(root='data'):
     return prepare('stdlib', stdlib_documents(), f'docstrings, comments and help topics of Python {platform.python_version()}', root)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a data set
@@ -266,7 +262,6 @@ def read_meta(folder):
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{folder / "meta.json"} is broken; remove {folder} and prepare it again') from None
 
-
 def open_shard(path, tokens):
     """A shard, memory-mapped. Only its size is looked at here; `check` reads every byte."""
     try:
@@ -277,7 +272,6 @@ def open_shard(path, tokens):
     except (ValueError, EOFError, FileNotFoundError):
         raise UserError(f'{path} is missing, cut short or not what meta.json describes; remove {path.parent} and prepare it again') from None
 
-
 def check(name, root='data'):
     """Compares every shard with its sha256 in meta.json."""
     folder = Path(root) / name
@@ -286,7 +280,6 @@ def check(name, root='data'):
     if bad:
         raise UserError(f'damaged or missing in {folder}: {", ".join(bad)}; remove the folder and prepare it again')
     print(f'{folder}: all {len(shards)} shards are as they were written')
-
 
 class Dataset:
     """A prepared data set: `name`, a folder of `root`, or the path of one.
@@ -306,7 +299,6 @@ class Dataset:
         self.train_tokens, self.val_tokens = (sum(map(len, split)) for split in (self.train, self.val))
         self.bytes_per_token = self.meta['val_bytes'] / self.val_tokens
 
-
 class Sequences:
     """One split as a list of sequences: context + 1 tokens, one every `context` tokens, none across two shards. So every token but a
     shard's first is a target once; a shard's tail shorter than a context is dropped."""
@@ -325,11 +317,9 @@ class Sequences:
         first = (i - self.starts[shard]) * self.context
         return self.shards[shard][first:first + self.context + 1]
 
-
 def inputs_and_targets(sequences):
     tokens = np.stack(sequences)                                               # B, T + 1
     return tuple(torch.from_numpy(part.astype(np.int64)) for part in (tokens[:, :-1], tokens[:, 1:]))
-
 
 class Batches:
     """The training batches of a run, a pure function of (seed, step).
@@ -356,14 +346,12 @@ class Batches:
             self.orders[d] = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.sequences[d]))
         return self.sequences[d][self.orders[d][1][k]]
 
-
 def val_batches(dataset, context, rows, limit=None):
     """The validation split in fixed order, all of it or its first `limit` tokens, in whole sequences: an iterator of (inputs, targets),
     int64 (rows, context). The last batch may have fewer rows; the tail of a shard, shorter than a context, is dropped."""
     sequences = Sequences(dataset, 'val', context)
     n = len(sequences) if limit is None else min(len(sequences), max(1, limit // context))
     return (inputs_and_targets([sequences[i] for i in range(first, min(first + rows, n))]) for first in range(0, n, rows))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Baselines: what counting alone achieves
@@ -391,7 +379,6 @@ class NGrams:
         kinds = np.maximum(self.kinds[h], 1)
         return (together + kinds * self.unigram[w]) / (self.total[h] + kinds)
 
-
 def ngram_losses(batches, steps, dataset, limit=None):
     """(unigram, bigram) cross-entropy in nats a token, on the positions that val_batches(dataset, batches.context, ..., limit) gives.
 
@@ -407,13 +394,11 @@ def ngram_losses(batches, steps, dataset, limit=None):
         positions += len(w)
     return tuple((nats / positions).tolist())
 
-
 def unigram_log_probs(batches):
     """float32 tensor (65,536,): log frequencies of the training data, add-one smoothed, mixed by weight; of each data set the first shard's
     first 20 M tokens are counted. A head born with this as its bias spends no steps on learning it (ours)."""
     counts = [np.bincount(dataset.train[0][:COUNTED], minlength=VOCAB) + 1 for dataset in batches.datasets]
     return torch.from_numpy(np.log(np.average([c / c.sum() for c in counts], axis=0, weights=batches.weights))).float()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -440,7 +425,6 @@ def main(argv=None):
     else:
         source = ' '.join(args.paths) + (f', split at {args.split_line}' if args.split_line else '')
         prepare(args.name, file_documents(args.paths, args.split_line), source, args.root)
-
 
 if __name__ == '__main__':
     main()

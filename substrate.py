@@ -39,7 +39,6 @@ GLYPHS = HERE / 'interface' / 'glyphs.npz'            # the picture of every tok
 GLYPHS_SHA256 = '51e2320ad26ea467f2cd09ce7b64a3c9eb7cc4ae1f59ac5c3252520c0c0e8436'      # of its bits
 CACHE = HERE / 'data' / 'interface'                   # tables that take seconds to compute are kept here
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What all the scripts share: errors that are one sentence, and files that are whole or absent
 
@@ -50,13 +49,11 @@ class UserError(Exception):
         super().__init__(message)
         self.status = status                          # exit status: 2 where the command line itself is wrong
 
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that ends a wrong command line in one sentence."""
 
     def error(self, message):
         raise UserError(f'{message} (-h explains)', status=2)
-
 
 def cli(main):
     """Wraps a script's main(argv=None): a UserError or OSError ends in one sentence on stderr and exit status 1 or 2, Ctrl-C in 130."""
@@ -74,7 +71,6 @@ def cli(main):
         sys.exit(status)
     return run
 
-
 @contextlib.contextmanager
 def replacing(path):
     """Yields a path beside `path` to write to, then renames it to `path`: whoever is killed half-way leaves the old file whole."""
@@ -89,11 +85,9 @@ def replacing(path):
     finally:
         beside.unlink(missing_ok=True)
 
-
 def digest(*parts):
     """Sixteen hex digits that stand for `parts`, for file names and checkpoints."""
     return hashlib.sha256('|'.join(map(str, parts)).encode()).hexdigest()[:16]
-
 
 def load_npz(path):
     """The one array of an .npz file, or None if the file is absent or damaged (each member of a zip file has a checksum)."""
@@ -103,7 +97,6 @@ def load_npz(path):
     except Exception:                                 # zipfile, zlib and numpy each have several ways to complain of a bad file
         return None
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The vocabulary. Unicode has two holes below 65,536, surrogates and the private use area: all that is no character goes there
 
@@ -111,10 +104,8 @@ SPECIALS = {PAD: '<pad>', BOS: '<s>', EOS: '</s>', UNK: '<unk>'}
 NAMED_IDS = range(0xE000, 0xE100)                     # 128 special tokens, 124 of them reserved; then the raw bytes 0x80-0xFF
 NGRAM_IDS = [*range(0xD800, 0xE000), *range(0xE100, 0xF900)]    # 8,192 places
 
-
 def id_order(gram):
     return -len(gram), gram                           # longest first, then by code point
-
 
 def read_ngrams(ngram_file=NGRAMS):
     """The 8,192 n-grams in id order, from a file with one a line, or from the Python literal published with the bvv241-2-3 tokenizer.
@@ -131,7 +122,6 @@ def read_ngrams(ngram_file=NGRAMS):
                         'then by code point; restore it or rebuild it with: python substrate.py --count-ngrams')
     return grams
 
-
 def token_texts(ngram_file=NGRAMS):
     """The text of every id, 65,536 strings. Special tokens and bytes have names: `</s>`, `<7F>` (reserved), `<80>` (a byte)."""
     texts = [chr(i) for i in range(VOCAB)]            # every place in the two holes is overwritten now
@@ -140,7 +130,6 @@ def token_texts(ngram_file=NGRAMS):
     for i in NAMED_IDS:
         texts[i] = SPECIALS.get(i, f'<{i & 0xFF:02X}>')
     return texts
-
 
 @functools.lru_cache
 def tokenizer(ngram_file=NGRAMS):
@@ -157,11 +146,9 @@ def tokenizer(ngram_file=NGRAMS):
     pattern = '|'.join(re.escape(texts[i]) for i in NGRAM_IDS) + '|(?s:.)'
     return tiktoken.Encoding('bvv241-2-3-lossless', pat_str=pattern, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=VOCAB)
 
-
 def tokenizer_fingerprint(ngram_file=NGRAMS):
     """Sixteen hex digits that change with the layout and with the n-grams, so with what ids mean."""
     return digest('layout 1', *read_ngrams(ngram_file))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counting the n-grams, once. 32 languages as in the original, but wordfreq lacks its sa (asked for it, it returns Hindi), la, hy,
@@ -169,7 +156,6 @@ def tokenizer_fingerprint(ngram_file=NGRAMS):
 
 LATIN = 'ca cs da de en es fi fr hu id it nb nl pl pt ro sv tr vi'.split()
 OTHERS = 'ar bg bn el fa he hi ja ko ru ta uk zh'.split()
-
 
 def rank_ngrams(language):
     """Two lists, the 2-grams and the 3-grams inside the words of `language`, most frequent first."""
@@ -188,19 +174,16 @@ def rank_ngrams(language):
         return all(unicodedata.category(c)[0] in 'LM' and (language in LATIN or not c.isascii()) for c in gram)
     return [sorted(filter(wanted, count), key=lambda gram: (-count[gram], gram)) for count in counts.values()]
 
-
 def fill_places(rankings):
     """The first of every ranking, then the second of every ranking, ... until all places are taken; in id order."""
     grams = dict.fromkeys(chain.from_iterable(zip_longest(*rankings)))
     grams.pop(None, None)                             # stands where a ranking has ended
     return sorted(islice(grams, len(NGRAM_IDS)), key=id_order)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing the tokens, once: no one needs the font to train
 
 CELL = 32                                             # Unifont is designed on 16 pixels: each of them is exactly four here
-
 
 def draw_tokens(font_file):
     """The picture of every token, (65536, 128) uint8, 1,024 bits packed. Several characters stand side by side, squeezed to one cell: a
@@ -226,7 +209,6 @@ def draw_tokens(font_file):
         pictures[i] = 2 * row.reshape(CELL, CELL, -1).sum(2) >= len(text)
     return np.packbits(pictures.reshape(VOCAB, -1), axis=1)
 
-
 def glyphs():
     """The picture of every token, (65536, 1024) uint8 of 0 and 1. Raises UserError if the file is damaged."""
     packed = load_npz(GLYPHS)
@@ -234,12 +216,10 @@ def glyphs():
         raise UserError(f'{GLYPHS} is damaged, or not the table of GLYPHS_SHA256; restore it or rebuild it with: python substrate.py --draw FONT')
     return np.unpackbits(packed, axis=1)
 
-
 def lookalikes(bits):
     """How many tokens look exactly like some other one."""
     counts = Counter(row.tobytes() for row in np.packbits(bits, axis=1))
     return sum(count for count in counts.values() if count > 1)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables
@@ -252,7 +232,6 @@ RECIPES = {                                           # whatever changes a table
     'learned': 'normal 0.02',
 }
 CODE_BITS = 16
-
 
 class Substrate(nn.Module):
     """Gives tokens their vectors: (B, T) int64 -> (B, T, d_model). Built unfilled (on the meta device too): `substrate` fills it, or a checkpoint.
@@ -273,7 +252,6 @@ class Substrate(nn.Module):
     def forward(self, idx):
         x = F.embedding(idx, self.table).unsqueeze(-1)                                        # B, T, width, 1
         return x.expand(*x.shape[:-1], self.d_model // x.shape[-2]).flatten(-2)               # each bit repeated; else as it is
-
 
 def substrate(name, d_model, seed=0):
     """The filled Substrate `name`, one of RECIPES or the path of a .npy or .pt file; `seed` is for 'learned' alone. Its fingerprint stands
@@ -296,11 +274,9 @@ def substrate(name, d_model, seed=0):
         module.table.copy_(torch.as_tensor(table))
     return module
 
-
 def fingerprint(name, d_model):
     """Sixteen hex digits; models fit together only if theirs are equal."""
     return digest(name, RECIPES[name], d_model) if name in RECIPES else digest(hashlib.sha256(Path(name).read_bytes()).hexdigest())
-
 
 def unicode_table(d_model):
     """The pictures on their first d_model principal components, then rows of length 1 (arXiv 2507.04886): (65536, d_model) float32.
@@ -321,7 +297,6 @@ def unicode_table(d_model):
         np.savez(file, table)
     return table
 
-
 def read_table(path, d_model):
     """The matrix of a .npy file, or of a .pt file that holds a tensor or a dict with one matrix in it."""
     try:
@@ -340,7 +315,6 @@ def read_table(path, d_model):
     if not matrices[0].float().isfinite().all():
         raise UserError(f'the substrate {path} holds numbers that are NaN or infinite in float32; mend them before saving it')
     return matrices[0]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -369,7 +343,6 @@ def main(argv=None):
         print('n-grams: ' + ', '.join(f'{script} {count:,}' for script, count in scripts.most_common()))
         print(f'glyphs: 1,024 bits a token; {lookalikes(glyphs()):,} tokens look exactly like another, as A does in Latin, Greek and Cyrillic')
         print(f'substrates: {", ".join(RECIPES)}, or a .npy or .pt file')
-
 
 if __name__ == '__main__':
     main()
