@@ -3,13 +3,16 @@ Growing Transformers on a frozen substrate (arXiv 2507.07129), in one file to re
 
 A decoder-only language model whose token embeddings are a fixed function of the token (its glyph, or its number) and are
 never trained. It grows: train a few blocks, freeze them, append new ones on top, train only those and the output layer, repeat.
-The number of parameters in training, the *active* ones, stays constant while the model gets deeper.
+The number of parameters in training, the *active* ones, stays constant while the model gets deeper. In between, low-rank adapters
+readjust all frozen blocks within the same budget and are merged away; models grown apart become one by averaging their logits.
 
     python grow.py                                      # grow 9 layers in 3 stages on text that every Python brings along
     python grow.py --layers 9 --substrate unicode       # the same, spelled out; other substrates: binary, random, learned
     python grow.py --monolithic                         # the baseline: all 9 layers at once, same data in the same order
     python grow.py --plan --d_model 1024 --heads 32 --context 1024    # the ledger of every phase; trains nothing
     python grow.py --sample "The default value"         # continue a text with the newest model
+    python grow.py --grow_from out/001 --layers 12      # grow a finished model deeper
+    python grow.py --moe out/001 out/002 --data a b     # average the logits of two experts, compare them on two data sets
 
 It is not a fast path to a good chat model, and it reads no checkpoint of the paper's authors.
 """
@@ -137,7 +140,7 @@ def configure(argv):
     if c.grow_from and not c.resume:
         c = grown_config(c, given)
     if c.moe:
-        c.context = load(Path(c.moe[0]) / 'latest.pt')['config']['context']
+        c.context = min(load(path)['config']['context'] for path in c.moe)
     if 'batch_tokens' not in given:                  # whole sequences
         c.batch_tokens = max(1, c.batch_tokens // c.context) * c.context
     if 'micro_batch' not in given:
@@ -544,11 +547,13 @@ def save(path, **content):
         raise UserError(f'{path} could not be written ({str(error).splitlines()[0]}): is the disk full? The last good file is still in place') from None
 
 def load(path):
-    """Reads a checkpoint: tensors and plain values only, never code. Raises UserError naming the file that cannot be read."""
+    """Reads a checkpoint, a file or the latest of a run's folder: tensors and plain values only, never code. Raises UserError naming
+    the file that cannot be read."""
+    path = Path(path) / 'latest.pt' if Path(path).is_dir() else Path(path)
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise UserError(f'{path} does not exist: --out must name the folder of a run') from None
+        raise UserError(f'there is no {path}: name the folder of a run, or a checkpoint in it') from None
     except Exception as error:
         raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__}): restore it, or start a new run') from None
     if not isinstance(ckpt, dict) or not {'config', 'tokenizer', 'model'} <= ckpt.keys():
@@ -582,8 +587,7 @@ def bare_model(c, ckpt):
 
 def load_model(path, device='cpu'):
     """A run's folder (its latest state) or a checkpoint file -> the model in eval mode, float32, adapters merged."""
-    path = Path(path)
-    model = restore(load(path if path.is_file() else path / 'latest.pt'))
+    model = restore(load(path))
     merge_adapters(model.blocks)                      # a run may have been stopped in a LoRA phase
     return model.to(device).eval()
 
@@ -706,12 +710,11 @@ def open_data(c):
 
 def grown_config(c, given):
     """The config for --grow_from: its model's sizes and interface, and the depth and stage from which it grows on."""
-    path = Path(c.grow_from) / 'latest.pt'
-    ckpt = load(path)
+    ckpt = load(c.grow_from)
     source = Config(**ckpt['config'])
     for name in ('substrate', 'd_model', 'heads', 'context'):
         if name in given and given[name] != getattr(source, name):
-            raise UserError(f'--{name} {given[name]} contradicts the model in {path}, which has {getattr(source, name)}: leave the flag out', status=2)
+            raise UserError(f'--{name} {given[name]} contradicts the model in {c.grow_from}, which has {getattr(source, name)}: leave the flag out', status=2)
         setattr(c, name, getattr(source, name))
     if ckpt['at']['phase'] < len(phases(source)):
         raise UserError(f'the run in {c.grow_from} is not finished: finish it by --resume first')
@@ -721,15 +724,18 @@ def grown_config(c, given):
 
 def train(c, given):
     """The main job: grows a model phase by phase, or goes on where OUT/latest.pt stands. -> the folder of the run."""
-    out, lock = open_out(c)
-    ckpt = load(out / 'latest.pt') if c.resume else None
-    if ckpt:
+    ckpt = None
+    if c.resume:
+        out, lock = open_out(c)
+        ckpt = load(out)
         c = resumed_config(c, given, ckpt, out)
         if ckpt['at']['phase'] == len(phases(c)):
             print(f'the run in {out} is finished: --sample shows what it says, --grow_from {out} grows it further')
             return out
     amp = set_up(c)
     datasets, weights = open_data(c)
+    if not ckpt:
+        out, lock = open_out(c)
     most, wanted = 4 * sum(d.train_tokens for d in datasets), sum(p.steps for p in phases(c)) * c.batch_tokens
     if wanted > most and not ckpt and 'stage_tokens' not in given and not c.moe:
         c.stage_tokens, c.lora_tokens = (max(c.batch_tokens, n * most // wanted) for n in (c.stage_tokens, c.lora_tokens))
@@ -745,7 +751,7 @@ def train(c, given):
             print(f'note: the run began on {ckpt["machine"]}; here it is {machine(c)}: it goes on, but not to the same bits')
         print(f'resuming {out} in phase {at["phase"] + 1} of {len(plan)} after step {at["step"]}')
     if ckpt or c.grow_from:
-        model = restore(ckpt or load(Path(c.grow_from) / 'latest.pt'), c).to(c.device)
+        model = restore(ckpt or load(c.grow_from), c).to(c.device)
         if c.grow_from:
             print(f'growing on from the {c.born_layers} layers of {c.grow_from}')
     else:
@@ -872,7 +878,7 @@ def main(argv=None):
         print(c.sample + sample(model, c.sample, c, set_up(c)))
     else:
         if c.device == 'cpu':
-            print('no GPU: the laptop preset (' + ', '.join(f'{k} {getattr(c, k):g}' for k in PRESETS['laptop']) + ')')
+            print('no GPU: the laptop preset (' + ', '.join(f'{k} {getattr(c, k)}' for k in PRESETS['laptop']) + ')')
         out = train(c, given)
         print(f'\nsaved in {out}; continue any text with: python grow.py --out {out} --sample "The default value"')
 

@@ -33,7 +33,7 @@ import grow
 import prepare_data
 from substrate import VOCAB, Parser, UserError, cli, replacing
 
-FLAGS = '--layers 9 --layers_per_stage 3 --d_model 256 --heads 8 --context 256 --batch_tokens 1024'
+FLAGS = '--layers 9 --layers_per_stage 3 --lora none --d_model 256 --heads 8 --context 256 --batch_tokens 1024'
 LANGUAGES = 'ru', 'zh', 'en'
 PAIRS = {'merged': ('expert_ru', 'expert_zh'), 'learned_merged': ('learned_ru', 'learned_zh')}      # the models without a training of their own
 
@@ -56,7 +56,8 @@ def fortunes(path):
 ASIDE = dict(TS='.TE', nf='.fi', EX='.EE', Bd='.Ed', ig='..', de='..')     # tables, examples and definitions, and what ends them
 FONTS = 'B I R SM SB BR RB BI IB IR RI'.split()
 INLINE = 'Nm Nd Ar Fl Cm Op Xr Pa Ev Dv Va Fn Em Sy Ql Dq Sq Pq Li Bx Fx'.split()
-ESCAPES = ((r'\\".*', ''), (r'\\f(\[[^]]*\]|\(..|.)', ''), (r'\\s[-+]?\d+', ''), (r'\\\*?(\(aq|\(cq|\[aq\]|\[cq\])', "'"), (r'\\(\(lq|\(rq|\[lq\]|\[rq\])', '"'),
+ESCAPES = ((r'\\".*', ''), (r'\\f(\[[^]]*\]|\(..|.)', ''), (r'\\s[-+]?\d+', ''),
+           (r'\\\*?(\(aq|\(cq|\[aq\]|\[cq\])', "'"), (r'\\(\(lq|\(rq|\[lq\]|\[rq\])', '"'),
            (r'\\[nm*]?(\(..|\[[^]]*\])', ''), (r'\\[ ~0]', ' '), (r'\\-', '-'), (r'\\e', r'\\'), (r'\\[&|^:%c/,]', ''))
 
 def man_page(path):
@@ -127,7 +128,7 @@ def fetch():
     """Makes ru.txt, zh.txt and en.txt, with a line % between documents, and the data sets of these names."""
     if not all(Path(f'{language}.txt').exists() for language in LANGUAGES):
         if not (shutil.which('apt-get') and shutil.which('dpkg-deb')):
-            raise UserError('the texts come from Debian packages: run this step where apt-get and dpkg-deb are, and copy ru.txt, zh.txt and en.txt to --work')
+            raise UserError('the texts come from Debian packages: run this step on Debian, then copy ru.txt, zh.txt and en.txt to --work')
         Path('packages').mkdir(exist_ok=True)
         for package in PACKAGES:
             if not list(Path('packages').glob(f'{package}_*.deb')) and subprocess.run(['apt-get', 'download', package], cwd='packages').returncode:
@@ -155,7 +156,7 @@ def larger(c):
     head, wanted = c.d_model // c.heads, 2 * size(c) - VOCAB           # merged heads have one bias
     wider = (dataclasses.replace(c, d_model=head * n, heads=n) for n in range(c.heads, 4 * c.heads))
     found = min(wider, key=lambda config: abs(size(config) - wanted))
-    print(f'parameters besides the token table: an expert {size(c):,}; two merged {wanted:,}; control_large (d_model {found.d_model}) {size(found):,}')
+    print(f'parameters without the token table: expert {size(c):,}, two merged {wanted:,}; control_large {size(found):,} (d_model {found.d_model})')
     return found
 
 def runs(c, tokens):
@@ -198,8 +199,9 @@ def built(name, c):
     """A model by its name, and the tokens that it and its experts were trained on."""
     names = PAIRS.get(name.removesuffix('_tuned'), ()) + ((name,) if name not in PAIRS else ())
     tokens = sum(grow.load(Path(n, 'latest.pt'))['at']['history'][-1]['tokens'] for n in names)
-    model = grow.merge_experts(dataclasses.replace(c, moe=PAIRS[name], allow_mismatch=name != 'merged')) if name in PAIRS else grow.load_model(name, c.device)
-    return model, tokens
+    if name in PAIRS:
+        return grow.merge_experts(dataclasses.replace(c, moe=PAIRS[name], allow_mismatch=name != 'merged')), tokens
+    return grow.load_model(name, c.device), tokens
 
 def row_of(name, losses, datasets, **more):
     bits = [grow.in_units(loss, d)['bits_per_byte'] for loss, d in zip(losses, datasets)]
@@ -242,8 +244,8 @@ def cost(command):
         found[name] = min(found.get(name, row), row, key=lambda r: r['seconds'])
     one, two = found['expert_ru'], found['merged']
     gib = [f'{r["peak"] / 2**30:.2f} GiB ({(r["peak"] - r["before"]) / 2**30:.2f} above the bare program)' for r in (one, two)]
-    return (f'Evaluating two merged experts takes {two["seconds"]:.1f} s, one expert {one["seconds"]:.1f} s: {two["seconds"] / one["seconds"]:.2f} times as long. '
-            f'Peak memory {gib[1]} against {gib[0]}: {two["peak"] / one["peak"]:.2f} times as much.')
+    return (f'Evaluating two merged experts takes {two["seconds"]:.1f} s, one expert {one["seconds"]:.1f} s: '
+            f'{two["seconds"] / one["seconds"]:.2f} times as long. Peak memory {gib[1]} against {gib[0]}: {two["peak"] / one["peak"]:.2f} times.')
 
 def verdicts(rows):
     """Plain sentences: is the merged model better than the better of its experts, language by language?"""
@@ -258,7 +260,8 @@ def verdicts(rows):
     for name in ('merged', 'merged_tuned'):
         for control in ('control_small', 'control_large'):
             gain = by_name[control]['mean'] - by_name[name]['mean']
-            yield f'Mean of the languages: {name} is {abs(gain):.3f} nats {"better" if gain > 0 else "worse"} than {control}, trained on both experts\' text.'
+            yield (f'Mean of the languages: {name} is {abs(gain):.3f} nats {"better" if gain > 0 else "worse"} than {control}, '
+                   "which was trained on both experts' text.")
 
 def compare(c, tokens, flags, plan, command):
     """Evaluates what scores.json does not have yet, and writes experts.csv and experts.txt."""
@@ -287,8 +290,8 @@ def compare(c, tokens, flags, plan, command):
         writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
         writer.writeheader()
         writer.writerows({k: f'{v:.5f}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    about = ['Validation loss in nats a token, by language, and bits per byte, mean of the languages. Parameters without the token tables, which only learned '
-             'models train.', 'Tokens of a merged model are those of its experts and of its tuning; n-grams are counted on the whole training split of each language.']
+    about = ['Validation loss in nats a token, by language; bits per byte, mean of the languages. Parameters without the token tables, which only',
+             'learned models train. Tokens of a merged model: those of its experts and of its tuning; n-grams: the training split of each language.']
     with contextlib.redirect_stdout(io.StringIO()) as table:
         grow.table(rows)
     text = '\n'.join([table.getvalue(), *about, '', *verdicts(rows), scores['cost']])
@@ -339,7 +342,7 @@ def plot():
 @cli
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('--work', default=HERE.parent / 'out' / 'experts', type=Path, help='folder of texts, data and models, some 3 GB (out/experts)')
+    parser.add_argument('--work', default=HERE.parent / 'out' / 'experts', type=Path, help='folder of texts, data and models (out/experts)')
     parser.add_argument('--tokens', type=int, default=360_000, help='training tokens of an expert; a control gets twice as many (%(default)s)')
     parser.add_argument('--flags', default='', help=f'further flags of grow.py for every training, after {FLAGS}')
     parser.add_argument('--only', choices=['fetch', 'train', 'compare', 'plot'], help='do this step alone')
