@@ -280,8 +280,10 @@ class LoRA(nn.Module):
     def __init__(self, linear, rank, generator=None):
         super().__init__()
         self.linear = linear.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(rank, linear.in_features, generator=generator, device='cpu') / math.sqrt(linear.in_features))
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        if not linear.weight.is_meta:
+            nn.init.normal_(self.A, 0, linear.in_features**-0.5, generator=generator)
         self.to(linear.weight.device)
 
     def forward(self, x):

@@ -31,6 +31,7 @@ import tokenize
 from pathlib import Path
 
 import numpy as np
+import requests
 import torch
 
 from substrate import EOS, VOCAB, Parser, UserError, cli, digest, replacing, tokenizer, tokenizer_fingerprint
@@ -399,6 +400,83 @@ def unigram_log_probs(batches):
     first 20 M tokens are counted. A head born with this as its bias spends no steps on learning it (ours)."""
     counts = [np.bincount(dataset.train[0][:COUNTED], minlength=VOCAB) + 1 for dataset in batches.datasets]
     return torch.from_numpy(np.log(np.average([c / c.sum() for c in counts], axis=0, weights=batches.weights))).float()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads: gigabytes over lines that break
+
+TRIES = 6                  # attempts in a row that bring nothing new, 2, 4, 8, 16 and 32 seconds apart
+
+class Interrupted(Exception):
+    """An attempt that failed in a way the next one may not."""
+
+def download(url, path, sha256=None):
+    """Downloads `url` to `path`, unless it is there; -> path, a Path. A broken attempt leaves path.part, with which the next one goes on.
+    Size and, where given, sha256 are checked before the file gets its name. Raises UserError."""
+    path = Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + '.part')
+    with open(part, 'ab') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another process is downloading {path}; wait until it is done') from None
+        tries, longest = 0, 0
+        while True:
+            try:
+                download_rest(url, f, path.name)
+                break
+            except (Interrupted, requests.RequestException) as error:
+                f.seek(0, os.SEEK_END)
+                tries, longest = 1 if f.tell() > longest else tries + 1, max(f.tell(), longest)       # what brings bytes is no failure
+                why = str(error) if isinstance(error, Interrupted) else f'no connection, or it broke off: {type(error).__name__}'
+                if tries == TRIES:
+                    raise UserError(f'{url} could not be downloaded ({why}); what arrived is in {part}, run this again to go on') from None
+                print(f'\n{path.name}: {why}; next attempt in {2 ** tries} s', file=sys.stderr)
+                time.sleep(2 ** tries)
+        f.flush()
+        os.fsync(f.fileno())
+        if sha256 and (found := sha256_of(part)) != sha256:
+            part.unlink()
+            raise UserError(f'{url} arrived damaged or is another file by now (sha256 {found}, not {sha256}): run this again, or get it elsewhere')
+        os.replace(part, path)
+    return path
+
+def download_rest(url, f, name):
+    """One attempt: asks for what comes after the bytes that f holds, and appends it. Raises Interrupted where another attempt may help."""
+    f.seek(0, os.SEEK_END)
+    have = f.tell()
+    headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})     # identity: bytes as they are counted
+    with requests.get(url, headers=headers, stream=True, timeout=(20, 60)) as answer:
+        size = re.fullmatch(r'bytes (?:\*|(\d+)-\d+)/(\d+)', answer.headers.get('Content-Range', ''))
+        if answer.status_code == 416 and size and int(size[2]) == have:                           # nothing comes after: complete
+            return
+        if answer.status_code == 416 or answer.status_code == 206 and not (size and size[1] == str(have)):
+            f.truncate(0)
+            raise Interrupted('the server cannot go on where the last attempt stopped, so it starts again')
+        if answer.status_code in (408, 429) or answer.status_code >= 500:
+            raise Interrupted(f'the server answers {answer.status_code} {answer.reason}')
+        if answer.status_code not in (200, 206):
+            raise UserError(f'{url} answers {answer.status_code} {answer.reason}; download {name} with a browser, or give another source')
+        if answer.status_code == 200:                                                             # the whole file, whatever was asked for
+            f.truncate(0)
+            have = 0
+        total = int(size[2]) if answer.status_code == 206 else int(answer.headers.get('Content-Length', 0))       # 0: unknown
+        if total - have > (free := shutil.disk_usage(Path(f.name).parent).free):
+            raise UserError(f'{name} needs {(total - have) / 1e6:,.0f} MB more and the disk has {free / 1e6:,.0f} MB left; make room')
+        got, start, shown = have, time.monotonic(), 0
+        for block in answer.iter_content(2**16):       # a block that breaks off is lost
+            f.write(block)
+            got += len(block)
+            if (now := time.monotonic()) > shown + 0.5 or got == total:
+                shown = now
+                share = f' ({got / total:.0%})' if total else ''
+                speed = (got - have) / 1e6 / (now - start + 1e-9)
+                print(f'\r{name}: {got / 1e6:,.1f} MB{share}, {speed:.1f} MB/s  ', end='', file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        if total and got != total:
+            raise Interrupted(f'{got:,} bytes arrived of {total:,}')
 
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,17 @@
 """Tests of growing transformers: `pytest` runs all of them on a CPU in a few minutes; those marked cuda need a GPU."""
 
 import collections
+import http.server
+import io
 import json
 import math
 import os
 import random
 import signal
+import tarfile
+import threading
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval_mmlu
 import grow
 import prepare_data
 import substrate
@@ -1173,6 +1179,42 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(here, capsys, monkeypatch)
     assert all(t.isfinite().all() for t in grow.load('run/latest.pt')['model'].values())
 
 
+def test_full_disk_keeps_the_last_good_checkpoint(here, capsys, monkeypatch):
+    original, calls = torch.save, []
+
+    def full(content, path):
+        calls.append(1)
+        if len(calls) == 3:
+            Path(path).write_bytes(b'half of it')
+            raise RuntimeError('[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file')
+        original(content, path)
+    monkeypatch.setattr(torch, 'save', full)
+    fails(capsys, flags(out='run', save_every=0), 'latest.pt', 'disk')
+    monkeypatch.undo()
+    os.chdir(here)
+    assert grow.load('run')['at']['global_step'] == 1 and not list(Path('run').glob('.*'))
+    grow.main(['--resume', '--out', 'run'])
+
+
+def test_no_compiler_and_no_gpu(here, capsys, monkeypatch):
+    monkeypatch.setattr(grow.shutil, 'which', lambda name: None)
+    fails(capsys, flags(out='run', compile=True), '--no-compile')
+    if not torch.cuda.is_available():
+        fails(capsys, ['--device', 'cuda'], '--device', status=2)
+
+
+def test_other_data_under_a_run_is_refused(here, capsys):
+    prepare_data.prepare('mine', texts(seed=5), 'made up', here / 'own')
+    grow.main(flags(out='run', data='own/mine', stage_tokens=128))
+    state = grow.load('run')
+    state['at']['phase'] = 1
+    torch.save(state, 'run/latest.pt')
+    import shutil
+    shutil.rmtree('own/mine')
+    prepare_data.prepare('mine', texts(seed=6), 'made up', here / 'own')
+    fails(capsys, ['--resume', '--out', 'run'], 'own/mine')
+
+
 def test_two_runs_on_one_folder(here, capsys):
     out, lock = grow.open_out(config(out='run'))
     fails(capsys, flags(out='run'), 'another process')
@@ -1194,6 +1236,345 @@ def test_ctrl_c_writes_a_checkpoint(here, monkeypatch):
     grow.main(['--resume', '--out', 'run'])
     grow.main(flags(out='whole'))
     assert same_weights('run', 'whole')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation.
+
+class Letters:
+    """An encoding with one token a character, but " A" to " E" are one token each: as in most tokenizers, unlike ours."""
+
+    def encode(self, text):
+        out = []
+        while text:
+            one = text[:2] if text[0] == ' ' and text[1:2] and text[1] in 'ABCDE' and text[2:3] in ('', '\n') else text[0]
+            out.append(500 + ord(one[1]) if len(one) == 2 else ord(one))
+            text = text[len(one):]
+        return out
+
+    def decode(self, ids):
+        return ''.join(f' {chr(i - 500)}' if i >= 500 else chr(i) for i in ids)
+
+
+def always(*texts, vocab=substrate.VOCAB):
+    """A model that takes the tokens of `texts` for the likeliest next ones, in this order, whatever came before."""
+    def model(idx):
+        logits = torch.zeros(*idx.shape, vocab)
+        for k, text in enumerate(texts):
+            logits[..., ord(text)] = 10.0 - k
+        return logits
+    return model
+
+
+def question(key='C', letters='ABCD', prompt='Question: q?\nOptions: A) 1 B) 2 C) 3 D) 4\nAnswer:', index=0, subject='anatomy'):
+    return eval_mmlu.Question(subject, index, prompt, letters, key)
+
+
+SUBJECTS = dict(anatomy='ABCC', virology='CDA', philosophy='BCCCD')
+
+
+@pytest.fixture
+def mmlu(tmp_path):
+    """A small MMLU: three subjects, the keys of which are in SUBJECTS."""
+    folder = tmp_path / 'questions'
+    for split in ('test', 'dev'):
+        (folder / split).mkdir(parents=True)
+        for subject, keys in SUBJECTS.items():
+            rows = [f'"{subject} {split} {i}, or\n""none""?",one,None,"a, b",{i},{key}' for i, key in enumerate(keys)]
+            (folder / split / f'{subject}_{split}.csv').write_text('\n'.join(rows) + '\n')
+    return folder
+
+
+@pytest.fixture
+def run(here):
+    """The folder of a run with two stages, as training leaves it but for the log."""
+    c = config(layers=2, context=64)
+    for name, blocks in (('stage_1', 1), ('stage_2', 2), ('latest', 2)):
+        model = model_of(c, blocks)
+        grow.save(here / 'run' / f'{name}.pt', config=grow.dataclasses.asdict(c), depth=blocks, interface=model.interface.fingerprint,
+                  tokenizer=substrate.tokenizer_fingerprint(), model=model.state_dict(), at={})
+    return here / 'run'
+
+
+def test_prompts_are_the_papers(mmlu):
+    first = eval_mmlu.read_task('mmlu', mmlu)[0]
+    assert first.prompt == 'Question: anatomy test 0, or\n"none"?\nOptions: A) one B) None C) a, b D) 0\nAnswer:'      # None stays a string
+    assert (first.subject, first.index, first.letters, first.key) == ('anatomy', 0, 'ABCD', 'A')
+    two = eval_mmlu.read_task('mmlu', mmlu, shots=2)[-1].prompt.split('\n\n')
+    assert [part.partition('\nAnswer:')[2] for part in two] == [' C', ' D', '']
+    assert [part[:25] for part in two] == ['Question: virology dev 0,', 'Question: virology dev 1,', 'Question: virology test 2']
+
+
+def test_the_other_tasks_are_read(tmp_path):
+    arc = [dict(question='why?', choices=dict(text=['x', 'y', 'z'], label=['1', '2', '3']), answerKey='2'),
+           dict(question=dict(stem='how?', choices=[dict(text=t, label=t.upper()) for t in 'abcde']), answerKey='E')]
+    (tmp_path / 'ARC-Easy-validation.jsonl').write_text('\n'.join(map(json.dumps, arc)))
+    first, second = eval_mmlu.read_task('arc_easy', tmp_path)
+    assert first.prompt == 'Question: why?\nOptions:\nA) x\nB) y\nC) z\nAnswer:' and (first.letters, first.key) == ('ABC', 'B')
+    assert second.prompt.endswith('\nE) e\nAnswer:') and (second.letters, second.key) == ('ABCDE', 'E')
+    rows, _ = eval_mmlu.score(always('B'), substrate.tokenizer(), [first, second], 64)
+    assert eval_mmlu.summarise(rows)['chance'] == pytest.approx((1 / 3 + 1 / 5) / 2)
+    squad = [dict(question=q, is_impossible=not a, answers=[dict(text=t) for t in a])
+             for q, a in (('who?', ['Bo', 'Bo B']), ('when?', []), ('where?', ['in a far country']))]
+    (tmp_path / 'dev-v2.0.json').write_text(json.dumps(dict(data=[dict(paragraphs=[dict(context='c', qas=squad)])])))
+    [only] = eval_mmlu.read_task('squad', tmp_path)
+    assert only.prompt == 'Context: c\nQuestion: who?\nAnswer:' and only.answers == ['Bo', 'Bo B']
+
+
+def test_likelihood_and_letter_by_hand():
+    # After every token the same logits: 2 for B, 1 for C, 3 for a space, 0 for the 65,533 others. Our " B" is a space, then a letter.
+    def model(idx):
+        logits = torch.zeros(*idx.shape, substrate.VOCAB)
+        logits[..., [ord('B'), ord('C'), ord(' ')]] = torch.tensor([2.0, 1.0, 3.0])
+        return logits
+    log_z = math.log(math.e**2 + math.e + math.e**3 + 65_533)
+    [row], waste = eval_mmlu.score(model, substrate.tokenizer(), [question('B')], 128)
+    assert row['logps'] == pytest.approx([3 + x - 2 * log_z for x in (0, 2, 1, 0)], abs=1e-4)
+    assert (row['choice'], row['letter'], row['cut'], waste) == ('B', ' ', False, 0)
+    assert row['scores'] == dict(likelihood=1, letter=0)                          # the likeliest next token is the space
+
+    def single(idx):                                                              # where " B" is one token, both scores read it
+        logits = torch.zeros(*idx.shape, 600)
+        logits[..., 500 + ord('B')] = 2.0
+        return logits
+    [row], _ = eval_mmlu.score(single, Letters(), [question('B')], 128)
+    log_z = math.log(math.e**2 + 599)
+    assert row['logps'] == pytest.approx([x - log_z for x in (0, 2, 0, 0)], abs=1e-4)
+    assert row['letter'] == ' B' and row['scores'] == dict(likelihood=1, letter=1)
+
+
+def test_exact_match_and_f1_by_hand():
+    assert eval_mmlu.words('The  Duke, of a York!') == ['duke', 'of', 'york']
+    assert eval_mmlu.f1('the Duke of York', 'Duke of Kent and York') == pytest.approx(2 * (3 / 5) * (3 / 3) / (3 / 5 + 3 / 3))
+    assert eval_mmlu.f1('the', 'a') == 1 and eval_mmlu.f1('the', 'Rome') == 0
+    said = ' Bo B.\nRome'                                                         # an answer, and the next line
+
+    def model(idx):                                                               # says the next character of it
+        logits = torch.zeros(*idx.shape, 600)
+        for row, ids in zip(logits, idx.tolist()):
+            for t in range(len(ids)):
+                text = Letters().decode(ids[:t + 1]).rpartition('Answer:')[2]
+                row[t, ord((said + '~' * 20)[len(text)])] = 1
+        return logits
+    asked = [eval_mmlu.OpenQuestion('squad', i, f'{"c" * i}\nAnswer:', answers)
+             for i, answers in enumerate([['Bo', 'bo b'], ['Rome'], ['B. Bo Ng'], ['Oslo']])]
+    rows, _ = eval_mmlu.score_open(model, Letters(), asked, 64)
+    assert rows[0]['generation'] == (said + '~' * 20)[:eval_mmlu.GENERATED]
+    assert [row['scores'] for row in rows] == [dict(hit=1, exact_match=1, f1=1), dict(hit=1, exact_match=0, f1=0),
+                                               dict(hit=0, exact_match=0, f1=pytest.approx(0.8)), dict(hit=0, exact_match=0, f1=0)]
+    f1 = eval_mmlu.summarise(rows)['total']['f1']
+    assert f1['mean'] == pytest.approx(0.45) and f1['stderr'] == pytest.approx(np.std([1, 0, 0.8, 0]) / 2)
+
+
+def test_a_model_that_prefers_c_scores_the_share_of_c(mmlu):
+    questions = eval_mmlu.read_task('mmlu', mmlu)
+    keys = ''.join(SUBJECTS.values())
+    rows, _ = eval_mmlu.score(always('C'), substrate.tokenizer(), questions, 256)
+    summary = eval_mmlu.summarise(rows)
+    total, p = summary['total'], keys.count('C') / len(keys)
+    for name in ('likelihood', 'letter'):                                         # C is also the likeliest token of all
+        assert total[name]['mean'] == p and total[name]['stderr'] == pytest.approx(math.sqrt(p * (1 - p) / len(keys)))
+        for groups in (summary['subjects'], summary['categories']):
+            assert sum(group['n'] for group in groups.values()) == total['n'] == len(keys)
+            assert sum(group[name]['sum'] for group in groups.values()) == total[name]['sum'] == keys.count('C')
+        assert summary['macro'][name] == pytest.approx(np.mean([k.count('C') / len(k) for k in SUBJECTS.values()]))
+    assert {s: group['n'] for s, group in summary['subjects'].items()} == {s: len(keys) for s, keys in SUBJECTS.items()}
+    assert {s: group['n'] for s, group in summary['categories'].items()} == dict(other=7, humanities=5)
+    rows, _ = eval_mmlu.score(always(' ', 'C'), substrate.tokenizer(), questions, 256)
+    assert eval_mmlu.summarise(rows)['total']['letter']['sum'] == 0               # " C" by likelihood, a space by letter
+
+
+def test_the_categories_are_complete():
+    assert {name: len(subjects.split()) for name, subjects in eval_mmlu.CATEGORIES.items()} == {'STEM': 18, 'humanities': 13, 'social sciences': 12}
+    assert len(eval_mmlu.CATEGORY) == 43                                          # 14 others
+
+
+def test_batches_waste_at_most_a_tenth_and_change_no_score():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 300, 500).tolist()
+    plan = list(eval_mmlu.batches(lengths, 1024))
+    assert sorted(i for batch in plan for i in batch) == list(range(500)) and eval_mmlu.padding(plan, lengths) <= 0.1
+    assert max(len(batch) * lengths[batch[0]] for batch in plan) <= 1024 and len(plan) < 200
+    assert list(eval_mmlu.batches([9, 500, 10], 64)) == [[1], [2, 0]]             # one that alone exceeds the budget passes alone
+    model = model_of(config(context=64, heads=4)).eval()
+    questions = [question(prompt=f'{"long " * int(n)}\nAnswer:') for n in rng.integers(0, 16, 30)]
+    rows, waste = eval_mmlu.score(model, substrate.tokenizer(), questions, 64)
+    alone, none = eval_mmlu.score(model, substrate.tokenizer(), questions, 64, batch_tokens=1)
+    assert waste > 0 and none == 0
+    assert np.allclose([row['logps'] for row in rows], [row['logps'] for row in alone], atol=2e-5)
+    full, _ = eval_mmlu.score(lambda idx: model(idx), substrate.tokenizer(), questions, 64)      # as any callable: all logits
+    assert np.allclose([row['logps'] for row in rows], [row['logps'] for row in full], atol=2e-5)
+
+
+def test_long_prompts_are_cut_from_the_left():
+    seen = []
+
+    def model(idx):
+        seen.extend(idx.tolist())
+        return always('C')(idx)
+    tokens = substrate.tokenizer()
+    whole = tokens.encode_ordinary('0123456789 Answer: ')                         # with the space that all options share
+    rows, _ = eval_mmlu.score(model, tokens, [question(prompt='0123456789 Answer:'), question('A', prompt='Answer:')], len(whole) - 2)
+    assert seen[0] == whole[2:] and [row['cut'] for row in rows] == [True, False]
+    summary = eval_mmlu.summarise(rows)
+    assert summary['cut'] == 1 and summary['uncut']['n'] == 1
+    assert summary['total']['likelihood']['mean'] == 0.5 and summary['uncut']['likelihood']['mean'] == 0
+
+
+def test_eval_writes_a_row_for_every_question(run, mmlu, capsys):
+    eval_mmlu.main([str(run), '--data', str(mmlu), '--device', 'cpu', '--dtype', 'float32'])
+    saved = json.loads((run / 'eval_mmlu.json').read_text())
+    out = capsys.readouterr().out
+    assert [(row['subject'], row['index']) for row in saved['rows']] == [(s, i) for s in sorted(SUBJECTS) for i in range(len(SUBJECTS[s]))]
+    assert saved['settings']['checkpoints'] == {str(run / 'latest.pt'): prepare_data.sha256_of(run / 'latest.pt')}
+    assert saved['summary']['total']['n'] == 12 and saved['summary']['layers'] == 2
+    for words in ('12 questions, 3 subject(s)', 'chance: 25.00', 'were cut from the left', 'padding', 'micro', 'macro', 'humanities'):
+        assert words in out, words
+    eval_mmlu.main([str(run), '--data', str(mmlu), '--device', 'cpu', '--limit', '6', '--shots', '2'])
+    rows = json.loads((run / 'eval_mmlu.json').read_text())['rows']
+    assert len(rows) == 6 and len({row['subject'] for row in rows}) == 3 and all(row['cut'] for row in rows)
+
+
+def test_every_stage_is_scored_by_depth(run, mmlu, capsys):
+    eval_mmlu.main([str(run), '--data', str(mmlu), '--device', 'cpu', '--all_stages'])
+    out = capsys.readouterr().out
+    assert [json.loads((run / f'eval_mmlu_stage_{k}.json').read_text())['summary']['layers'] for k in (1, 2)] == [1, 2]
+    assert 'score by depth' in out and not (run / 'eval_mmlu.json').exists()
+    eval_mmlu.main([str(run / 'stage_1.pt'), '--data', str(mmlu), '--device', 'cpu'])
+    assert 'stage_1.pt' in capsys.readouterr().out
+
+
+def test_experts_are_merged_and_scored(run, mmlu):
+    eval_mmlu.main([str(run), str(run), '--data', str(mmlu), '--device', 'cpu', '--dtype', 'float32'])
+    merged = json.loads((run / 'eval_mmlu_merged.json').read_text())
+    eval_mmlu.main([str(run), '--data', str(mmlu), '--device', 'cpu', '--dtype', 'float32'])
+    alone = json.loads((run / 'eval_mmlu.json').read_text())
+    for row, other in zip(merged['rows'], alone['rows']):                         # the mean of a model and itself is the model
+        assert row['logps'] == pytest.approx(other['logps'], abs=1e-4)
+
+
+def test_mistakes_in_questions_are_named(run, mmlu, capsys):
+    def wrong(*words, argv=(), status=1):
+        fails(capsys, [str(run), '--data', str(mmlu), '--device', 'cpu', *argv], *words, status=status, main=eval_mmlu.main)
+    wrong('nowhere', argv=['--data', 'nowhere'])
+    assert not Path('nowhere').exists()
+    fails(capsys, ['no_run', '--data', str(mmlu)], 'no_run does not exist', main=eval_mmlu.main)
+    wrong('arc_easy', 'ARC-Easy-validation.jsonl', argv=['--task', 'arc_easy'])
+    wrong('has 4 examples of anatomy', argv=['--shots', '5'])
+    wrong('--shots', argv=['--shots', '1', '--task', 'csqa'], status=2)
+    wrong('--all_stages', argv=[str(run), '--all_stages'], status=2)
+    (mmlu / 'csqa').mkdir()
+    (mmlu / 'csqa' / 'dev_rand_split.jsonl').write_text('{"question": 3}\n')
+    wrong('dev_rand_split.jsonl, line 1', argv=['--task', 'csqa'])
+    path = mmlu / 'test' / 'anatomy_test.csv'
+    for damage in (b'q,1,2,3,D', b'q,1,2,3,4,E', b'q,1,2,3,4,', b'q\xff,1,2,3,4,D', b'"q"x,1,2,3,4,D', b'"q,1,2,3,4,D'):
+        path.write_bytes(b'"fine,\nindeed",1,2,3,4,A\n' + damage + b'\n')
+        wrong('anatomy_test.csv, line 3')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; breaks each answer off after `breaks` bytes, if set; `ranges` says whether it can go on in the middle."""
+    files, breaks, ranges, asked = {}, None, True, []
+
+    def do_GET(self):
+        self.asked.append(self.headers.get('Range'))
+        body = self.files.get(self.path)
+        if body is None:
+            return self.send_error(404)
+        first = int(self.headers['Range'][6:-1]) if self.ranges and 'Range' in self.headers else 0
+        if first >= len(body):
+            self.send_response(416)
+            self.send_header('Content-Range', f'bytes */{len(body)}')
+            return self.end_headers()
+        self.send_response(206 if first else 200)
+        if first:
+            self.send_header('Content-Range', f'bytes {first}-{len(body) - 1}/{len(body)}')
+        self.send_header('Content-Length', str(len(body) - first))
+        self.end_headers()
+        self.wfile.write(body[first:][:self.breaks])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """-> (address, Handler); retries do not wait."""
+    monkeypatch.setattr(prepare_data.time, 'sleep', lambda seconds: None)
+    for name, value in (('files', {}), ('breaks', None), ('ranges', True), ('asked', [])):
+        monkeypatch.setattr(Handler, name, value)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}', Handler
+        server.shutdown()
+
+
+def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
+    url, handler = server
+    body = random.Random(0).randbytes(9 * 2**16)
+    handler.files['/a'], handler.breaks = body, 2**16
+    path = prepare_data.download(f'{url}/a', tmp_path / 'new' / 'a', prepare_data.hashlib.sha256(body).hexdigest())
+    assert path.read_bytes() == body and handler.asked == [None] + [f'bytes={k * 2**16}-' for k in range(1, 9)]
+    assert [p.name for p in path.parent.iterdir()] == ['a'] and prepare_data.download(f'{url}/gone', path) == path     # there already
+    (tmp_path / 'b.part').write_bytes(body)                                       # killed between the last byte and the rename
+    assert prepare_data.download(f'{url}/a', tmp_path / 'b').read_bytes() == body
+    (tmp_path / 'c.part').write_bytes(body + b'too much')
+    handler.breaks = None
+    assert prepare_data.download(f'{url}/a', tmp_path / 'c').read_bytes() == body
+    handler.ranges = False                                                        # this server starts again each time
+    (tmp_path / 'd.part').write_bytes(b'x' * 10)
+    assert prepare_data.download(f'{url}/a', tmp_path / 'd').read_bytes() == body
+
+
+def test_downloads_that_cannot_succeed_say_why(server, tmp_path, monkeypatch):
+    url, handler = server
+    handler.files['/a'] = b'abc'
+    with pytest.raises(substrate.UserError, match='sha256'):
+        prepare_data.download(f'{url}/a', tmp_path / 'a', '0' * 64)
+    assert not list(tmp_path.iterdir())                                           # what is damaged is not gone on with
+    with pytest.raises(substrate.UserError, match='404'):
+        prepare_data.download(f'{url}/none', tmp_path / 'none')
+    handler.files['/long'], handler.breaks, before = b'x' * 1000, 0, len(handler.asked)
+    with pytest.raises(substrate.UserError, match='run this again'):
+        prepare_data.download(f'{url}/long', tmp_path / 'long')
+    assert len(handler.asked) - before == prepare_data.TRIES
+    monkeypatch.setattr(prepare_data.shutil, 'disk_usage', lambda path: collections.namedtuple('Usage', 'free')(2))
+    with pytest.raises(substrate.UserError, match='disk'):
+        prepare_data.download(f'{url}/a', tmp_path / 'a')
+
+
+def test_archives_are_fetched_and_unpacked(server, mmlu, tmp_path, monkeypatch):
+    url, handler = server
+    monkeypatch.chdir(tmp_path)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode='w') as tar:
+        tar.add(mmlu, 'data')
+    handler.files['/data.tar'] = packed.getvalue()
+    monkeypatch.setattr(eval_mmlu, 'MMLU_URL', f'{url}/data.tar')
+    monkeypatch.setattr(eval_mmlu, 'MMLU_SHA256', prepare_data.hashlib.sha256(packed.getvalue()).hexdigest())
+    assert eval_mmlu.read_task('mmlu') == eval_mmlu.read_task('mmlu', mmlu) == eval_mmlu.read_task('mmlu')
+    assert len(handler.asked) == 1 and [p.name for p in Path('data').iterdir()] == ['mmlu']
+    packed, row = io.BytesIO(), dict(question=dict(stem='how?', choices=[dict(text='x', label='A'), dict(text='y', label='B')]), answerKey='B')
+    with zipfile.ZipFile(packed, 'w') as file:
+        for kind in ('Easy', 'Challenge'):
+            file.writestr(f'ARC-V1/ARC-{kind}/ARC-{kind}-Dev.jsonl', json.dumps(row))
+    handler.files |= {'/arc.zip': packed.getvalue(), '/dev_rand_split.jsonl': json.dumps(row).encode()}
+    monkeypatch.setattr(eval_mmlu, 'ARC_URL', f'{url}/arc.zip')
+    monkeypatch.setattr(eval_mmlu, 'CSQA_URL', f'{url}/dev_rand_split.jsonl')
+    for task in ('arc_easy', 'arc_challenge', 'csqa'):
+        assert [(q.subject, q.letters, q.key) for q in eval_mmlu.read_task(task)] == [(task, 'AB', 'B')]
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode='w') as tar:
+        tar.addfile(tarfile.TarInfo('../outside.txt'))
+    handler.files['/data.tar'] = packed.getvalue()
+    monkeypatch.setattr(eval_mmlu, 'MMLU_SHA256', prepare_data.hashlib.sha256(packed.getvalue()).hexdigest())
+    eval_mmlu.os.rename('data/mmlu', 'moved')
+    with pytest.raises(substrate.UserError, match='cannot be unpacked'):
+        eval_mmlu.read_task('mmlu')
+    assert not Path('outside.txt').exists() and not Path('data/outside.txt').exists() and not Path('data/mmlu').exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
