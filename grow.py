@@ -106,60 +106,6 @@ PRESETS = {
     'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, head_lr_later=6e-4,
                 lora='none', lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
 }
-RUNTIME = {'out', 'resume', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # what a resumed run may change
-
-def configure(argv):
-    """Command line -> (Config, dict of the flags that were given). A bad flag ends in one sentence and exit status 2."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    flags = [f for f in dataclasses.fields(Config) if f.metadata]
-    for f in flags:
-        allowed, help = f.metadata['allowed'], f.metadata['help']
-        default = ', '.join(f'{p[f.name]} on a {name}' for name, p in PRESETS.items() if f.name in p) or f.default
-        if f.type in (int, float):
-            help += f'; {allowed[0]:g} to {allowed[1]:g}'
-        if default not in (None, ()):
-            help += f' (default: {default})'
-        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(nargs='+') if f.type is tuple else
-                dict(choices=allowed) if f.type is str and allowed else dict(type=f.type))
-        parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=help, **kind)
-    given = vars(parser.parse_args(argv))
-    for f in flags:
-        if f.name in given and f.type is tuple:
-            given[f.name] = tuple(given[f.name])
-        if f.name in given and f.type in (int, float):
-            low, high = f.metadata['allowed']
-            if not low <= given[f.name] <= high:
-                parser.error(f'--{f.name} {given[f.name]:g} is out of range: give a number from {low:g} to {high:g}')
-    found = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    c = Config(**given)
-    if c.device == 'auto':
-        c.device = 'cuda' if found['cuda'] else 'cpu'
-    for name, value in PRESETS['laptop' if c.device == 'cpu' else 'gpu'].items():
-        if name not in given:
-            setattr(c, name, value)
-    if c.grow_from and not c.resume:
-        c = grown_config(c, given)
-    if c.moe:
-        c.context = min(load(path)['config']['context'] for path in c.moe)
-    if 'batch_tokens' not in given:                  # whole sequences
-        c.batch_tokens = max(1, c.batch_tokens // c.context) * c.context
-    if 'micro_batch' not in given:
-        c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context)
-    c.lora_tokens = c.lora_tokens or c.stage_tokens
-    for wrong, message in (
-            (not found[c.device], f'--device {c.device}: this machine, or this build of torch, has none; leave the flag out'),
-            (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
-            (c.batch_tokens % (c.micro_batch * c.context),
-             f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch {c.micro_batch} x --context {c.context}'),
-            (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
-            (c.monolithic and (given.get('lora', 'none') != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
-            (c.lora_stages != 'all' and not all(s.isdecimal() for s in c.lora_stages.split(',')), f'--lora_stages {c.lora_stages} must be all, or numbers like 2,3'),
-            (len(c.moe) == 1 or c.tune_heads and not c.moe, '--moe needs two experts or more, and --tune_heads needs --moe'),
-            (c.tune_heads and c.tune_heads < c.batch_tokens, f'--tune_heads must be at least the --batch_tokens {c.batch_tokens} of one step'),
-            (c.resume and c.grow_from, '--resume goes on with a run, --grow_from begins one: give one of them')):
-        if wrong:
-            parser.error(message)
-    return c, given
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model: a pre-norm decoder with rotary positions (paper section 3; pre-norm, eps and initial weights are our choice)
@@ -489,6 +435,8 @@ def compare_experts(c):
 
 def set_up(c):
     """Chooses precision and compilation where the user did not, prints them, and returns the context of mixed precision."""
+    if not dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())[c.device]:
+        raise UserError(f'this machine, or this build of torch, has no {c.device}: leave out --device, or give --device cpu', status=2)
     if c.dtype == 'auto':
         native = torch.cuda.is_bf16_supported() if c.device == 'cuda' else native_bf16() if c.device == 'cpu' else False
         c.dtype = 'bfloat16' if native else 'float32'
@@ -687,6 +635,8 @@ def train_step(model, optimizer, batches, step, c, amp):
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
+RUNTIME = {'out', 'resume', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # what a resumed run may change
+
 def machine(c):
     """What a trajectory depends on besides config and data. A resumed run says so when it differs."""
     return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=c.device, dtype=c.dtype, compile=c.compile)
@@ -866,20 +816,71 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Main
+# Command line
+
+def configure(argv):
+    """Command line -> (Config, dict of the flags that were given). A bad flag ends in one sentence and exit status 2."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags = [f for f in dataclasses.fields(Config) if f.metadata]
+    for f in flags:
+        allowed, help = f.metadata['allowed'], f.metadata['help']
+        default = ', '.join(f'{p[f.name]} on a {name}' for name, p in PRESETS.items() if f.name in p) or f.default
+        if f.type in (int, float):
+            help += f'; {allowed[0]:g} to {allowed[1]:g}'
+        if default not in (None, ()):
+            help += f' (default: {default})'
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(nargs='+') if f.type is tuple else
+                dict(choices=allowed) if f.type is str and allowed else dict(type=f.type))
+        parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=help, **kind)
+    given = vars(parser.parse_args(argv))
+    for f in flags:
+        if f.name in given and f.type is tuple:
+            given[f.name] = tuple(given[f.name])
+        if f.name in given and f.type in (int, float):
+            low, high = f.metadata['allowed']
+            if not low <= given[f.name] <= high:
+                parser.error(f'--{f.name} {given[f.name]:g} is out of range: give a number from {low:g} to {high:g}')
+    c = Config(**given)
+    if c.device == 'auto':
+        c.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    for name, value in PRESETS['laptop' if c.device == 'cpu' else 'gpu'].items():
+        if name not in given:
+            setattr(c, name, value)
+    if c.grow_from and not c.resume:
+        c = grown_config(c, given)
+    if c.moe:
+        c.context = min(load(path)['config']['context'] for path in c.moe)
+    if 'batch_tokens' not in given:                  # whole sequences
+        c.batch_tokens = max(1, c.batch_tokens // c.context) * c.context
+    if 'micro_batch' not in given:
+        c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context)
+    c.lora_tokens = c.lora_tokens or c.stage_tokens
+    for wrong, message in (
+            (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
+            (c.batch_tokens % (c.micro_batch * c.context),
+             f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch {c.micro_batch} x --context {c.context}'),
+            (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
+            (c.monolithic and (given.get('lora', 'none') != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
+            (c.lora_stages != 'all' and not all(s.isdecimal() for s in c.lora_stages.split(',')), f'--lora_stages {c.lora_stages} must be all, or numbers like 2,3'),
+            (len(c.moe) == 1 or c.tune_heads and not c.moe, '--moe needs two experts or more, and --tune_heads needs --moe'),
+            (c.tune_heads and c.tune_heads < c.batch_tokens, f'--tune_heads must be at least the --batch_tokens {c.batch_tokens} of one step'),
+            (c.resume and c.grow_from, '--resume goes on with a run, --grow_from begins one: give one of them')):
+        if wrong:
+            parser.error(message)
+    return c, given
 
 @cli
 def main(argv=None):
     c, given = configure(argv)
     if c.plan:
         print_plan(c)
+    elif c.sample is not None:
+        amp, model = set_up(c), merge_experts(c) if c.moe else load_model(c.out or newest_out(), c.device)
+        print(c.sample + sample(model, c.sample, c, amp))
     elif c.moe and not c.tune_heads:
         compare_experts(c)
-    elif c.sample is not None:
-        model = load_model(c.out or newest_out(), c.device)
-        print(c.sample + sample(model, c.sample, c, set_up(c)))
     else:
-        if c.device == 'cpu':
+        if c.device == 'cpu' and not c.resume:
             print('no GPU: the laptop preset (' + ', '.join(f'{k} {getattr(c, k)}' for k in PRESETS['laptop']) + ')')
         out = train(c, given)
         print(f'\nsaved in {out}; continue any text with: python grow.py --out {out} --sample "The default value"')

@@ -440,8 +440,8 @@ def test_stdlib_is_prose(tmp_path):
                               '# x:\n# A comment of two lines that is long enough\n# to be taken for an English sentence.\n'
                               'def f():\n    "Inner."  # no\n    s = """\n# not a comment at all, only a string\n"""\n'
                               '# x = [1, 2, 3, 4, 5]; y = {"a": 1, "b": 2}; z = x[0] + y["a"] * 3.14159\n') == [
-        'Says\nwhat.', 'x:\nA comment of two lines that is long enough\nto be taken for an English sentence.', 'Inner.']
-    assert prepare_data.normalised('a \n-----\n\n>>> 1\n1\n\n\tb....') == 'a\n---\n\n    b...'
+        'Says what.', 'x:\nA comment of two lines that is long enough to be taken for an English sentence.', 'Inner.']
+    assert prepare_data.normalised('A \n-----\n\n>>> 1\n1\n\n| t |\n\nB....      C') == 'A\n---\n\nB...   C'
     first = next(prepare_data.stdlib_documents())
     assert len(first) > 100 and '>>>' not in first
 
@@ -927,7 +927,7 @@ def test_growing_a_finished_model_further(here, capsys):
     grow.main(flags(out='small', substrate='random'))
     prepare_data.prepare('other', texts(seed=1), 'made up', 'mine')
     grow.main(['--layers', '5', '--grow_from', 'small', '--out', 'large', '--data', 'mine/other', '--device', 'cpu', '--no-compile', '--dtype', 'float32',
-              '--layers_per_stage', '1', '--stage_tokens', '320', '--batch_tokens', '64', '--eval_tokens', '256'])
+              '--layers_per_stage', '1', '--stage_tokens', '320', '--batch_tokens', '64', '--eval_tokens', '256', '--lora', 'none'])
     old, new = grow.load('small/latest.pt'), grow.load('large/latest.pt')
     assert new['depth'] == 5 and new['config']['grow_from'] == 'small' and 'small' in capsys.readouterr().out
     assert [(row['phase'], row['stage']) for row in new['at']['history']] == [('before', 4), ('grow', 4), ('grow', 5)]
@@ -1015,6 +1015,7 @@ def test_tuned_heads_move_alone_and_load_like_any_model(experts, monkeypatch, ca
     history = grow.load('tuned/latest.pt')['at']['history']
     assert history[-1]['phase'] == 'tune' and history[-1]['val_loss'] < history[0]['val_loss'] and 'val_other' in history[-1]
     grow.main(['--sample', 'cats', '--out', 'tuned', '--length', '5', '--device', 'cpu'])
+    grow.main(['--sample', 'cats', '--moe', 'a', 'd', '--length', '5', '--device', 'cpu'])
     original, calls = grow.train_step, []
 
     def crash(*args):

@@ -181,7 +181,7 @@ def train(flags, plan):
             run.wait()                                                 # it got the Ctrl-C as well and is saving its state
             raise
         if status:
-            raise UserError(f'the training of {name} ended with status {status}: see above; the same command goes on from its last checkpoint')
+            raise UserError(f'the training of {name} ended with status {status}, see above; where it was cut off, the same command goes on')
         copy_log(name)
 
 def copy_log(name):
@@ -326,7 +326,7 @@ def plot():
         for place, loss in zip(places, losses):
             axis.text(place, loss + 0.05, f'{loss:.2f}', ha='center', va='bottom', rotation=90, fontsize=8)
     axis.hlines([float(rows['bigram'][language]) for language in LANGUAGES], [x - 0.46 for x in range(3)], [x + 0.46 for x in range(3)],
-                color='black', linestyle='--', linewidth=1, label='bigram counts')
+                color='black', linestyle='--', linewidth=1, label='bigrams, counted on all text')
     axis.set_xticks(range(3), ['Russian', 'Chinese', 'English'])
     axis.set_ylabel('validation loss, nats per token (lower is better)')
     axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
@@ -342,7 +342,7 @@ def plot():
 @cli
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('--work', default=HERE.parent / 'out' / 'experts', type=Path, help='folder of texts, data and models (out/experts)')
+    parser.add_argument('--work', default=HERE.parent / 'out' / 'experts', type=Path, help='folder of texts, data, models: about 6 GB (out/experts)')
     parser.add_argument('--tokens', type=int, default=360_000, help='training tokens of an expert; a control gets twice as many (%(default)s)')
     parser.add_argument('--flags', default='', help=f'further flags of grow.py for every training, after {FLAGS}')
     parser.add_argument('--only', choices=['fetch', 'train', 'compare', 'plot'], help='do this step alone')
