@@ -93,7 +93,7 @@ class Config:
     plan: bool = opt(False, 'print the ledger of parameters, FLOPs and tokens; train nothing')
     # sampling
     sample: str = opt(None, 'continue this text with the model in --out; train nothing')
-    length: int = opt(300, 'tokens to sample', 1, 10**6)
+    length: int = opt(200, 'tokens to sample', 1, 10**6)
     temperature: float = opt(0.7, 'of sampling', 0.01, 100)
     top_k: int = opt(40, 'sample among so many of the likeliest tokens', 1, VOCAB)
     # not a flag: the depth and stage that --grow_from found
@@ -175,7 +175,7 @@ class GrowingTransformer(nn.Module):
         self.head_loss = head_loss                                                                        # compiled below
 
     def append(self, count):
-        """Adds `count` new blocks. Block k is born from (seed, k) alone: grown, monolithic and resumed runs get the same one."""
+        """Adds `count` new blocks. Block k is born from (seed, k), or as a copy of the one below: a resumed run gets the same."""
         for k in range(len(self.blocks), len(self.blocks) + count):
             block = Block(self.config.d_model, self.config.heads)
             if self.config.birth == 'copy' and k:
@@ -280,6 +280,8 @@ def phases(c):
         wanted = stage >= 2 if c.lora_stages == 'all' else str(stage) in c.lora_stages.split(',')
         if c.lora == 'interleaved' and wanted:
             rank = c.layers_per_stage * (12 * c.d_model + 9) // (16 * depth)      # the largest with adapters <= a stage's blocks
+            if not rank:
+                raise UserError(f'--lora interleaved: not even rank 1 on {depth} blocks fits the budget; give more --layers_per_stage', status=2)
             plan.append(Phase('lora', stage, depth, 0, c.lora_tokens // c.batch_tokens, rank))
         below = depth
     return [Phase('grow', 1, c.layers, c.layers, sum(p.steps for p in plan))] if c.monolithic else plan
@@ -346,7 +348,7 @@ def table(rows):
 
 def print_plan(c):
     """The ledger of this run, of the monolithic model, and of the monolithic model with a trainable embedding."""
-    mono = dataclasses.replace(c, monolithic=True, born_layers=0)
+    mono = dataclasses.replace(c, monolithic=True, born_layers=0, born_stage=0)
     source = f', from the {c.born_layers} layers of {c.grow_from}' if c.grow_from else ''
     for title, config in ((f'grown{source}', dataclasses.replace(c, monolithic=False)), ('monolithic', mono),
                           ('monolithic, trainable embedding', dataclasses.replace(mono, substrate='learned'))):
@@ -459,7 +461,8 @@ def native_bf16():
 
 def compile_model(model):
     """Compiles block by block and in place: blocks share their graphs, so growing costs nothing, and state-dict keys stay."""
-    torch._dynamo.config.recompile_limit = 64        # frozen or not, with gradient or not, several lengths: more than 8
+    torch._dynamo.config.recompile_limit = 1000      # frozen or not, with gradient or not, three for every rank: more than the usual 8
+    torch._dynamo.config.accumulated_recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True                          # never fall back to eager in silence
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -473,8 +476,8 @@ def make_optimizer(model, c, later=False):
         if p.requires_grad:
             kind = head if name.startswith('head') else adapters if name.endswith(('.A', '.B')) else matrices if name.endswith('.weight') and p.dim() == 2 else vectors
             kind.append(p)
-    groups = [dict(params=matrices, lr=c.lr, weight_decay=c.weight_decay), dict(params=vectors, lr=c.lr),     # the table of a learned
-              dict(params=adapters, lr=c.lora_lr), dict(params=head, lr=c.head_lr_later if later else c.head_lr)]   # interface is with vectors
+    groups = [dict(params=matrices, lr=c.lr, weight_decay=c.weight_decay), dict(params=adapters, lr=c.lora_lr),
+              dict(params=head, lr=c.head_lr_later if later else c.head_lr), dict(params=vectors, lr=c.lr)]   # with a learned interface's table
     for group in groups:
         group['peak'] = group['lr']
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -506,8 +509,9 @@ def load(path):
         raise UserError(f'there is no {path}: name the folder of a run, or a checkpoint in it') from None
     except Exception as error:
         raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__}): restore it, or start a new run') from None
-    if not isinstance(ckpt, dict) or not {'config', 'tokenizer', 'model'} <= ckpt.keys():
-        raise UserError(f'{path} is not a checkpoint of grow.py: name a run of this program')
+    known = {f.name for f in dataclasses.fields(Config)}
+    if not isinstance(ckpt, dict) or not {'config', 'tokenizer', 'model', 'at'} <= ckpt.keys() or not ckpt['config'].keys() <= known:
+        raise UserError(f'{path} is not a checkpoint of this version of grow.py: name another run')
     if ckpt['tokenizer'] != tokenizer_fingerprint():
         raise UserError(f'{path} was trained with another list of n-grams: put interface/ngrams.txt of that time in place')
     return ckpt
@@ -647,22 +651,24 @@ def resumed_config(c, given, ckpt, path):
     for name in given.keys() - RUNTIME:
         if given[name] != getattr(stored, name):
             raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
-    return dataclasses.replace(stored, **{name: getattr(c, name) for name in RUNTIME & given.keys() | {'out', 'resume', 'save_every'}})
+    return dataclasses.replace(stored, **{name: getattr(c, name) for name in RUNTIME & given.keys() | {'out', 'resume'}})
 
 def open_data(c):
     """--data -> (data sets, their whole-number weights). The text of the standard library is prepared on the spot: every machine has it."""
-    if 'stdlib' in c.data and not Path('data/stdlib').exists():
-        print('no data yet: preparing the text of the Python standard library')
-        prepare_data.prepare_stdlib()
     pairs = [(name, weight or '1') for name, _, weight in (word.partition(':') for word in c.data)]
     for name, weight in pairs:
-        if not weight.isdecimal() or not int(weight):
-            raise UserError(f'--data {name}:{weight}: a weight is a whole number from 1, as in {name}:3', status=2)
+        if not weight.isdecimal() or not 1 <= int(weight) <= 1000 or [n for n, _ in pairs].count(name) > 1:
+            raise UserError(f'--data {" ".join(c.data)}: name each data set once, with a weight from 1 to 1000 if any, as in ru:3 en:1', status=2)
+        if name == 'stdlib' and not Path('data/stdlib').exists():
+            print('no data yet: preparing the text of the Python standard library')
+            prepare_data.prepare_stdlib()
     return [prepare_data.Dataset(name) for name, _ in pairs], [int(weight) for _, weight in pairs]
 
 def grown_config(c, given):
     """The config for --grow_from: its model's sizes and interface, and the depth and stage from which it grows on."""
     ckpt = load(c.grow_from)
+    if 'experts' in ckpt:
+        raise UserError(f'{c.grow_from} is a mixture of experts: --grow_from takes a grown model')
     source = Config(**ckpt['config'])
     for name in ('substrate', 'd_model', 'heads', 'context'):
         if name in given and given[name] != getattr(source, name):
@@ -682,20 +688,22 @@ def train(c, given):
         ckpt = load(out)
         c = resumed_config(c, given, ckpt, out)
         if ckpt['at']['phase'] == len(phases(c)):
+            table(ckpt['at']['history'])
             print(f'the run in {out} is finished: --sample shows what it says, --grow_from {out} grows it further')
             return out
     amp = set_up(c)
     datasets, weights = open_data(c)
     if not ckpt:
         out, lock = open_out(c)
+        print(f'checkpoints and log go to {out}')
     most, wanted = 4 * sum(d.train_tokens for d in datasets), sum(p.steps for p in phases(c)) * c.batch_tokens
-    if wanted > most and not ckpt and 'stage_tokens' not in given and not c.moe:
+    if wanted > most and not ckpt and not {'stage_tokens', 'lora_tokens', 'moe'} & given.keys():
         c.stage_tokens, c.lora_tokens = (max(c.batch_tokens, n * most // wanted) for n in (c.stage_tokens, c.lora_tokens))
-        print(f'--stage_tokens {c.stage_tokens}: four epochs of the data, instead of {wanted / most * 4:.1f}')
-    batches = prepare_data.Batches(datasets, weights, c.seed, c.batch_tokens // c.context, c.context)
+        print(f'--stage_tokens {c.stage_tokens}, --lora_tokens {c.lora_tokens}: four epochs of the data, instead of {wanted / most * 4:.1f}')
+    batches = prepare_data.Batches(datasets, weights, c.seed + c.born_stage, c.batch_tokens // c.context, c.context)   # not what the source saw
     fingerprint = digest(*(d.fingerprint for d in datasets))
     plan = phases(c)
-    at = ckpt['at'] if ckpt else dict(phase=0, step=0, global_step=0, seconds=0.0, log_bytes=0, history=[])
+    at = ckpt['at'] if ckpt else dict(phase=0, step=0, global_step=0, seconds=0.0, log_bytes=0, history=[], began=0.0)
     if ckpt:
         if ckpt['data'] != fingerprint:
             raise UserError(f'data {" ".join(c.data)} is not what the run in {out} was trained on: prepare the same again, or start a new run')
@@ -709,6 +717,7 @@ def train(c, given):
     else:
         model = merge_experts(c) if c.moe else new_model(c, batches)
     log = open(out / 'log.csv', 'a', buffering=1)     # line by line, for whoever looks on
+    at['log_bytes'] = min(at['log_bytes'], log.tell())
     log.truncate(at['log_bytes'])                     # rows after the checkpoint are about to be written again
     if not at['log_bytes']:
         log.write(','.join(COLUMNS) + '\n')
@@ -728,19 +737,19 @@ def train(c, given):
                                   tokens=at['global_step'] * c.batch_tokens, **val, tokens_per_s=round(speed)))
 
     stop = []                                         # Ctrl-C waits for the end of the step: none is cut in half
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
     if not ckpt:
         save_as('latest.pt', optimizer=None)
     while at['phase'] < len(plan):
         # ---- enter the phase: new blocks, what is frozen, a fresh optimiser
         phase = plan[at['phase']]
-        if len(model.blocks) and not at['history']:   # --grow_from, --moe: what there is to begin with
+        if len(model.blocks) and not at['global_step']:      # --grow_from, --moe: what there is to begin with
             sizes = dict(active_params=0, total_params=count(model.parameters()))
             result('before', validate(model, datasets, weights, c, amp), 0)
         enter(model, phase)
         if c.compile:
             compile_model(model)
-        optimizer = make_optimizer(model, c, later=bool(at['history']))
+        optimizer = make_optimizer(model, c, later=at['phase'] > 0 or bool(c.grow_from))
         if at['step']:
             optimizer.load_state_dict(ckpt['optimizer'])
         sizes = dict(active_params=count(model.parameters(), active=True), total_params=count(model.parameters()))
@@ -750,9 +759,10 @@ def train(c, given):
 
         # ---- its steps
         model.train()
+        at['began'] = at['began'] if at['step'] else at['seconds']
         left = sum(p.steps for p in plan[at['phase']:]) - at['step']
         clock = saved = time.monotonic()
-        seconds, logged, speed = at['seconds'], at['step'], 0.0
+        seconds, logged = at['seconds'], at['step']
         while at['step'] < phase.steps:
             for group in optimizer.param_groups:
                 group['lr'] = group['peak'] * lr_factor(c, at['step'], phase.steps)
@@ -764,7 +774,7 @@ def train(c, given):
             left -= 1
             if at['step'] % LOG_EVERY == 0 or at['step'] == phase.steps:
                 speed = (at['step'] - logged) * c.batch_tokens / (at['seconds'] - seconds)
-                seconds, logged, lr = at['seconds'], at['step'], optimizer.param_groups[0]['lr']
+                seconds, logged, lr = at['seconds'], at['step'], next(g['lr'] for g in optimizer.param_groups if g['params'])
                 log_row(train_loss=f'{loss:.5f}', lr=f'{lr:.3e}', tokens_per_s=f'{speed:.0f}')
                 print(f'{phase.kind} {phase.stage} | step {at["step"]:5d}/{phase.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.3f} | '
                       f'{speed:9,.0f} tok/s | {clock_time(left * c.batch_tokens / speed)} left', flush=True)
@@ -772,7 +782,6 @@ def train(c, given):
                 save_as('latest.pt', optimizer=optimizer.state_dict())
                 saved = time.monotonic()
                 if stop:
-                    signal.signal(signal.SIGINT, handler)
                     print(f'stopped: go on with --resume --out {out}')
                     raise KeyboardInterrupt
             clock = time.monotonic()                  # checkpoints and evaluation do not count
@@ -785,12 +794,11 @@ def train(c, given):
             unmerged, val = val, validate(model, datasets, weights, c, amp)
             print(f'adapters of rank {phase.rank} merged: val loss {unmerged["val_loss"]:.6f} before, {val["val_loss"]:.6f} after')
         log_row(val_loss=f'{val["val_loss"]:.5f}')
-        result(phase.kind, val, speed)
+        result(phase.kind, val, phase.steps * c.batch_tokens / (at['seconds'] - at['began']))     # compilation included
         print(f'{phase.kind} {phase.stage}: val loss {val["val_loss"]:.4f}')
         at.update(phase=at['phase'] + 1, step=0)
         save_as(f'stage_{phase.stage}.pt')            # after a LoRA phase once more
         save_as('latest.pt', optimizer=None)
-    signal.signal(signal.SIGINT, handler)
     report(model, at, batches, c, amp)
     return out
 
@@ -839,14 +847,16 @@ def configure(argv):
         if f.name in given and f.type in (int, float):
             low, high = f.metadata['allowed']
             if not low <= given[f.name] <= high:
-                parser.error(f'--{f.name} {given[f.name]:g} is out of range: give a number from {low:g} to {high:g}')
+                parser.error(f'--{f.name} {given[f.name]} is out of range: give a number from {low} to {high}')
     c = Config(**given)
     if c.device == 'auto':
         c.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     for name, value in PRESETS['laptop' if c.device == 'cpu' else 'gpu'].items():
         if name not in given:
             setattr(c, name, value)
-    if c.grow_from and not c.resume:
+    if c.resume:                                     # all else comes from the checkpoint
+        return c, given
+    if c.grow_from:
         c = grown_config(c, given)
     if c.moe:
         c.context = min(load(path)['config']['context'] for path in c.moe)
@@ -864,7 +874,7 @@ def configure(argv):
             (c.lora_stages != 'all' and not all(s.isdecimal() for s in c.lora_stages.split(',')), f'--lora_stages {c.lora_stages} must be all, or numbers like 2,3'),
             (len(c.moe) == 1 or c.tune_heads and not c.moe, '--moe needs two experts or more, and --tune_heads needs --moe'),
             (c.tune_heads and c.tune_heads < c.batch_tokens, f'--tune_heads must be at least the --batch_tokens {c.batch_tokens} of one step'),
-            (c.resume and c.grow_from, '--resume goes on with a run, --grow_from begins one: give one of them')):
+            (c.moe and (c.grow_from or c.monolithic or c.plan), '--moe merges finished models: leave out --grow_from, --monolithic and --plan')):
         if wrong:
             parser.error(message)
     return c, given
@@ -877,12 +887,16 @@ def main(argv=None):
     elif c.sample is not None:
         amp, model = set_up(c), merge_experts(c) if c.moe else load_model(c.out or newest_out(), c.device)
         print(c.sample + sample(model, c.sample, c, amp))
-    elif c.moe and not c.tune_heads:
+    elif c.moe and not c.tune_heads and not c.resume:
         compare_experts(c)
     else:
         if c.device == 'cpu' and not c.resume:
             print('no GPU: the laptop preset (' + ', '.join(f'{k} {getattr(c, k)}' for k in PRESETS['laptop']) + ')')
-        out = train(c, given)
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            out = train(c, given)
+        finally:
+            signal.signal(signal.SIGINT, handler)
         print(f'\nsaved in {out}; continue any text with: python grow.py --out {out} --sample "The default value"')
 
 if __name__ == '__main__':

@@ -254,7 +254,7 @@ def prepare_stdlib(root='data'):
 def read_meta(folder):
     try:
         meta = json.loads((folder / 'meta.json').read_text())
-        if not meta['val_bytes'] or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
+        if min(meta['train_tokens'], meta['val_tokens'], meta['val_bytes']) < 1 or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
             raise ValueError
         return meta
     except (FileNotFoundError, NotADirectoryError):

@@ -59,6 +59,8 @@ def cli(main):
     """Wraps a script's main(argv=None): a UserError or OSError ends in one sentence on stderr and exit status 1 or 2, Ctrl-C in 130."""
     @functools.wraps(main)
     def run(argv=None):
+        if hasattr(sys.stdout, 'reconfigure'):
+            sys.stdout.reconfigure(errors='replace')  # a model may say what a terminal cannot show
         try:
             return main(argv)
         except UserError as error:
@@ -321,7 +323,7 @@ def read_table(path, d_model):
 @cli
 def main(argv=None):
     """Describes the interface, or rebuilds its files."""
-    parser = argparse.ArgumentParser(description='Describes the token interface, or rebuilds it.')
+    parser = Parser(description='Describes the token interface, or rebuilds it.')
     parser.add_argument('--count-ngrams', action='store_true', help='count the n-grams again and write interface/ngrams.txt')
     parser.add_argument('--draw', metavar='FONT', help='draw the tokens again with GNU Unifont (.otf) and write interface/glyphs.npz')
     args = parser.parse_args(argv)

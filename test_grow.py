@@ -983,6 +983,7 @@ def test_experts_on_other_interfaces_are_refused_before_any_computing(experts, m
     tail = ['--device', 'cpu', '--no-compile', '--dtype', 'float32', '--data', 'stdlib']
     fails(capsys, ['--moe', 'a', 'c', *tail], 'random', '--allow_mismatch')
     fails(capsys, ['--moe', 'a', *tail], '--moe', status=2)
+    fails(capsys, ['--moe', 'a', 'd', '--grow_from', 'a', '--layers', '5', *tail], '--moe', status=2)
     fails(capsys, ['--tune_heads', '640', *tail], '--moe', status=2)
     monkeypatch.undo()
     monkeypatch.chdir(experts)
@@ -1057,6 +1058,8 @@ def test_resume_equals_uninterrupted_bit_for_bit(here, monkeypatch, stop_at):
     monkeypatch.setattr(grow, 'train_step', original)
     grow.main(['--resume', '--out', 'cut'])
     assert same_weights('whole', 'cut')
+    histories = [[{k: v for k, v in row.items() if k != 'tokens_per_s'} for row in grow.load(run)['at']['history']] for run in ('whole', 'cut')]
+    assert histories[0] == histories[1] and len(histories[0]) == 3
     rows = [Path(run, 'log.csv').read_text().splitlines() for run in ('whole', 'cut')]
     strip = [[','.join(v for k, v in zip(rows[0][0].split(','), line.split(',')) if k not in ('seconds', 'tokens_per_s')) for line in r] for r in rows]
     assert strip[0] == strip[1]
@@ -1138,7 +1141,8 @@ def test_compiled_run_equals_eager(here):
 @pytest.mark.parametrize('argv, words', [
     (['--layers', '0'], ['--layers', 'range']), (['--d_model', '250', '--heads', '7'], ['--d_model', '--heads']),
     (['--lr', 'nan'], ['--lr']), (['--layers', 'x'], ['--layers']), (['--no-such-flag'], ['--no-such-flag']),
-    (['--micro_batch', '3', '--batch_tokens', '1024', '--context', '128'], ['--micro_batch']), (['--stage_tokens', '5'], ['--stage_tokens'])])
+    (['--data', 'a:0'], ['--data']), (['--data', 'a', 'a'], ['--data']), (['--monolithic', '--lora', 'joint'], ['--lora']),
+    (['--lora_stages', 'x'], ['--lora_stages']), (['--seed', '2147483648'], ['2147483647']), (['--micro_batch', '3', '--batch_tokens', '1024', '--context', '128'], ['--micro_batch']), (['--stage_tokens', '5'], ['--stage_tokens'])])
 def test_bad_flags(here, capsys, argv, words):
     fails(capsys, argv, *words, status=2)
     assert not Path('out').exists()
