@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
-SMALL = '''--d_model 64 --heads 2 --context 64 --stage_tokens 40960 --lora interleaved --lora_stages 2 --lora_tokens 20480 --eval_tokens 4096
-           --save_every 0.02 --length 5 --device cpu'''.split()
+SMALL = '''--d_model 64 --heads 2 --context 64 --stage_tokens 20480 --lora interleaved --lora_stages 2 --lora_tokens 10240 --eval_tokens 4096
+           --save_every 0.02 --length 5 --device cpu --no-compile'''.split()
 
 
 def start(folder, *flags):
