@@ -75,7 +75,7 @@ class Config:
     lora: str = opt(None, 'low-rank adapters on frozen blocks: in phases of their own after stages (interleaved), or beside new blocks (joint)',
                     'none', 'interleaved', 'joint')
     lora_stages: str = opt('all', 'stages that a LoRA phase follows, such as 2,3; all: every one from the second')
-    lora_tokens: int = opt(None, 'training tokens of a LoRA phase; default: as many as a stage', 1, 10**12)
+    lora_tokens: int = opt(None, 'training tokens of a LoRA phase', 1, 10**12)
     lora_rank: int = opt(16, 'rank of joint adapters; interleaved ones are as large as the budget allows', 1, 10**5)
     lora_lr: float = opt(None, 'peak learning rate of adapters', 1e-8, 1)
     # experts
@@ -101,10 +101,10 @@ class Config:
     born_stage: int = 0
 
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=131_072, batch_tokens=512, micro_batch=4, lr=5e-4, head_lr=1e-2, head_lr_later=2e-3,
-                   lora='interleaved', lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
+    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=65_536, batch_tokens=512, micro_batch=4, lr=5e-4, head_lr=1e-2, head_lr_later=2e-3,
+                   lora='interleaved', lora_tokens=163_840, lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
     'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, head_lr_later=6e-4,
-                lora='none', lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
+                lora='none', lora_tokens=4_194_304, lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -864,7 +864,6 @@ def configure(argv):
         c.batch_tokens = max(1, c.batch_tokens // c.context) * c.context
     if 'micro_batch' not in given:
         c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context)
-    c.lora_tokens = c.lora_tokens or c.stage_tokens
     for wrong, message in (
             (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
             (c.batch_tokens % (c.micro_batch * c.context),
