@@ -47,6 +47,7 @@ def opt(default, help, *allowed):
 
 @dataclass
 class Config:
+    """Every hyperparameter of a run; a checkpoint carries it as a plain dict."""
     # the model
     layers: int = opt(9, 'blocks of the finished model', 1, 1000)
     layers_per_stage: int = opt(3, 'blocks that a stage appends and trains; the last stage takes the remainder', 1, 1000)
@@ -535,6 +536,7 @@ def parts(model):
     return dict(depth=len(model.blocks), interface=model.interface.fingerprint)
 
 def bare_model(c, ckpt):
+    """The model that `parts` described, its weights not yet filled."""
     model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, ckpt['interface']))
     model.append(ckpt['depth'])
     return model
@@ -803,6 +805,7 @@ def train(c, given):
     return out
 
 def clock_time(seconds):
+    """Seconds as h:mm:ss."""
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
 
 def report(model, at, batches, c, amp):
@@ -880,6 +883,7 @@ def configure(argv):
 
 @cli
 def main(argv=None):
+    """The command line: plan, sample, compare experts, or train."""
     c, given = configure(argv)
     if c.plan:
         print_plan(c)
