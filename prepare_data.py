@@ -106,9 +106,11 @@ def stdlib_documents():
 # Documents of text files, read line by line: a file may be larger than the memory
 
 def numbered_lines(f):
+    """Lines of a binary file with their numbers from 1, none longer than LONGEST + 1 bytes."""
     return enumerate(iter(lambda: f.readline(LONGEST + 1), b''), start=1)
 
 def decoded(raw, path, first_line):
+    """Bytes as UTF-8 text. Raises UserError with file and line where they are not."""
     try:
         return raw.decode('utf-8-sig')                 # -sig: without the mark that some editors put before UTF-8
     except UnicodeDecodeError as error:
@@ -161,6 +163,7 @@ def file_documents(paths, split_line=None):
 # Writing shards
 
 def sha256_of(path):
+    """Hex digest of a file, read in parts."""
     sha = hashlib.sha256()
     with open(path, 'rb') as f:
         for block in iter(lambda: f.read(2**20), b''):
@@ -246,12 +249,14 @@ def prepare(name, documents, source, root='data'):
     return meta
 
 def prepare_stdlib(root='data'):
+    """Writes the data set root/stdlib; returns its meta."""
     return prepare('stdlib', stdlib_documents(), f'docstrings, comments and help topics of Python {platform.python_version()}', root)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a data set
 
 def read_meta(folder):
+    """The meta.json of a data set, a dict. Raises UserError if it is missing or broken."""
     try:
         meta = json.loads((folder / 'meta.json').read_text())
         if min(meta['train_tokens'], meta['val_tokens'], meta['val_bytes']) < 1 or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
@@ -319,6 +324,7 @@ class Sequences:
         return self.shards[shard][first:first + self.context + 1]
 
 def inputs_and_targets(sequences):
+    """B sequences of T + 1 ids -> inputs and targets, int64 tensors (B, T)."""
     tokens = np.stack(sequences)                                               # B, T + 1
     return tuple(torch.from_numpy(part.astype(np.int64)) for part in (tokens[:, :-1], tokens[:, 1:]))
 
@@ -482,6 +488,7 @@ def download_rest(url, f, name):
 
 @cli
 def main(argv=None):
+    """The command line: prepare a data set, or check one."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('corpus', nargs='?', choices=['stdlib', 'files'], help='what to prepare')
     parser.add_argument('paths', nargs='*', metavar='PATH', help='for files: text files, or folders of them')
