@@ -18,6 +18,7 @@ It is not a fast path to a good chat model, and it reads no checkpoint of the pa
 """
 
 import argparse
+import ctypes
 import dataclasses
 import math
 import os
@@ -102,8 +103,8 @@ class Config:
     born_stage: int = 0
 
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=128, stage_tokens=131_072, batch_tokens=512, micro_batch=4, lr=5e-4, head_lr=1e-2, head_lr_later=2e-3,
-                   lora='interleaved', lora_tokens=131_072, lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
+    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=81_920, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, head_lr_later=2e-3,
+                   lora='interleaved', lora_tokens=81_920, lora_lr=2e-3, eval_tokens=32_768, save_every=1.0),
     'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, head_lr_later=6e-4,
                 lora='none', lora_tokens=4_194_304, lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
 }
@@ -174,6 +175,8 @@ class GrowingTransformer(nn.Module):
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
         self.head_loss = head_loss                                                                        # compiled below
+        # Rows of length 1 become elements of about 1 (our choice: far better than rows of 1); the bits of the code are 0 and 1 already
+        self.scale = 1.0 if interface.name == 'binary' else math.sqrt(config.d_model)
 
     def append(self, count):
         """Adds `count` new blocks. Block k is born from (seed, k), or as a copy of the one below: a resumed run gets the same."""
@@ -187,7 +190,7 @@ class GrowingTransformer(nn.Module):
 
     def hidden(self, idx):
         """idx (B, T) -> the final LayerNorm's output (B, T, C): what a head reads."""
-        x = self.interface(idx)
+        x = self.interface(idx) * self.scale
         for block in self.blocks:  # while nothing below needs a gradient, autograd records nothing: a frozen block costs
             x = block(x, self.cos, self.sin)  # one forward pass and keeps no activations
         return self.norm(x)
@@ -448,6 +451,8 @@ def set_up(c):
         raise UserError('--compile needs a C++ compiler and the Python headers: install g++ and python3-dev, or give --no-compile')
     c.compile = bool(compiler) if c.compile is None else c.compile
     torch.set_float32_matmul_precision('high')       # TF32 on CUDA for what stays float32
+    if hasattr(libc := ctypes.CDLL(None), 'mallopt'):         # glibc would hand large blocks back to the kernel, which clears them for
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)            # every step anew: M_MMAP_MAX 0, no M_TRIM_THRESHOLD; a fifth of a step on a CPU
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(c.device == 'cuda', warn_only=True)      # the same losses again, on one device
     torch.utils.deterministic.fill_uninitialized_memory = False
