@@ -133,6 +133,16 @@ def token_texts(ngram_file=NGRAMS):
         texts[i] = SPECIALS.get(i, f'<{i & 0xFF:02X}>')
     return texts
 
+def longest_of(words):
+    """A regex for the longest of `words` that stands here, as a tree of their common beginnings: a plain alternation of all n-grams is
+    80 times slower on Chinese, where the engine would try each in turn."""
+    tails = {}
+    for word in filter(None, words):
+        tails.setdefault(word[0], []).append(word[1:])
+    branches = [re.escape(first) + longest_of(rest) for first, rest in tails.items() if rest != ['']]
+    leaves = ''.join(re.escape(first) for first, rest in tails.items() if rest == [''])
+    return f'(?:{"|".join(branches + [f"[{leaves}]"] * bool(leaves))})' + '?' * ('' in words)
+
 @functools.lru_cache
 def tokenizer(ngram_file=NGRAMS):
     """The tiktoken.Encoding: use `.encode_ordinary(text)` and `.decode(ids)`. The layout is that of bvv241-2-3 (arXiv 2507.04886);
@@ -145,7 +155,7 @@ def tokenizer(ngram_file=NGRAMS):
     texts = token_texts(ngram_file)
     ranks = {text.encode(): i for i, text in enumerate(texts) if i not in NAMED_IDS[128:]}
     ranks |= {bytes([i & 0xFF]): i for i in NAMED_IDS[128:]}
-    pattern = '|'.join(re.escape(texts[i]) for i in NGRAM_IDS) + '|(?s:.)'
+    pattern = longest_of([texts[i] for i in NGRAM_IDS]) + '|(?s:.)'
     return tiktoken.Encoding('bvv241-2-3-lossless', pat_str=pattern, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=VOCAB)
 
 def tokenizer_fingerprint(ngram_file=NGRAMS):
