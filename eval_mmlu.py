@@ -52,17 +52,15 @@ CATEGORIES = {
 }
 CATEGORY = {subject: category for category, subjects in CATEGORIES.items() for subject in subjects.split()}
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The questions. A prompt ends with `Answer:`, its context is all a model gets; letters is 'ABCD' or as many as there are options
 
 Question = namedtuple('Question', 'subject index prompt letters key')
 OpenQuestion = namedtuple('OpenQuestion', 'subject index prompt answers')
 
-
 def mmlu_prompt(question, options):
+    """The original's prompt for a question and its four options, strings."""
     return f'Question: {question}\nOptions: ' + ' '.join(f'{letter}) {option}' for letter, option in zip(LETTERS, options)) + '\nAnswer:'
-
 
 def read_csv(path):
     """The rows of an MMLU file, which has no header: [question, A, B, C, D, letter of the key], all strings. UserError with file and line."""
@@ -80,7 +78,6 @@ def read_csv(path):
             raise UserError(f'{path}, line {line}: cannot be read ({error}); mend or restore it') from None
     return rows
 
-
 def mmlu(test, task='mmlu', shots=0):
     """MMLU's test split, from its folder, subject by subject. Before each question stand `shots` dev questions with their answers."""
     questions = []
@@ -92,7 +89,6 @@ def mmlu(test, task='mmlu', shots=0):
         before = ''.join(f'{mmlu_prompt(row[0], row[1:5])} {row[5]}\n\n' for row in examples)
         questions += [Question(subject, i, before + mmlu_prompt(row[0], row[1:5]), 'ABCD', row[5]) for i, row in enumerate(read_csv(path))]
     return questions
-
 
 def choices(path, task, shots=0):
     """ARC or CommonsenseQA from a .jsonl file, in either of the two forms in which they are published. Keys 1 to 4 become A to D."""
@@ -112,7 +108,6 @@ def choices(path, task, shots=0):
             questions.append(Question(task, i, f'Question: {stem}\nOptions:\n{options}\nAnswer:', LETTERS[:len(texts)], key))
     return questions
 
-
 def squad(path, task='squad', shots=0):
     """The first 256 SQuAD questions that can be answered, and in at most 8 characters (their first answer)."""
     try:
@@ -124,7 +119,6 @@ def squad(path, task='squad', shots=0):
     asked = [item for item in asked if len(item[2][0]) <= SQUAD_LONGEST][:SQUAD_ITEMS]
     return [OpenQuestion('squad', i, f'Context: {context}\nQuestion: {q}\nAnswer:', answers) for i, (context, q, answers) in enumerate(asked)]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Where the questions come from
 
@@ -135,7 +129,6 @@ MMLU_SHA256 = 'bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b'
 ARC_URL = 'https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip'
 CSQA_URL = 'https://s3.amazonaws.com/commensenseqa/dev_rand_split.jsonl'
 SQUAD_URL = 'https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json'
-
 
 def fetch(task, root):
     """Downloads a task to root/mmlu, root/arc, root/csqa or root/squad. Archives are unpacked beside their folder, which is whole or absent."""
@@ -165,7 +158,6 @@ def fetch(task, root):
         os.rename(unpacked, folder)
     archive.unlink()
 
-
 def read_task(task, data=None, shots=0):
     """The questions of a task from the folder `data`, or data/ here, where they are downloaded on first use. Raises UserError."""
     root, (folder, _, name) = Path(data or 'data'), FILES[task].partition('/')
@@ -181,14 +173,13 @@ def read_task(task, data=None, shots=0):
         raise UserError(f'{root} holds no questions of {task}: they should be in {name}')
     return questions
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Scoring. `model` is any callable from token ids (int64, B x T) to logits (B, T, V) with causal attention; `encoding` has decode, and
 # encode_ordinary or encode. A model with `hidden` and `head` (grow.py's) has its head computed only where it is read
 
 def encoder(encoding):
+    """The function of `encoding` that turns text into token ids, whatever the text spells."""
     return getattr(encoding, 'encode_ordinary', None) or encoding.encode
-
 
 def batches(lengths, batch_tokens):
     """Yields lists of indices into `lengths`, longest first: together at most batch_tokens with padding, and of similar length."""
@@ -200,7 +191,6 @@ def batches(lengths, batch_tokens):
         batch.append(i)
     if batch:
         yield batch
-
 
 @torch.no_grad()
 def read_logits(model, windows, reads=1, device='cpu', amp=contextlib.nullcontext()):
@@ -217,7 +207,6 @@ def read_logits(model, windows, reads=1, device='cpu', amp=contextlib.nullcontex
         h = model.hidden(idx.to(device))
     return model.head(h[at].float())                  # in float32: bfloat16 has too few digits to tell four options apart
 
-
 def split_options(encoding, question):
     """-> (tokens that all options share, how many of them the prompt has, one last token for each option). Our tokenizer's " A" is a space
     and a letter, so the space is shared and one pass serves all options; where " A" is one token the prompt alone is shared."""
@@ -227,7 +216,6 @@ def split_options(encoding, question):
     if shared[:len(prompt)] != prompt or any(len(tokens) != len(shared) + 1 for tokens in whole):
         raise ValueError('options must differ in one token, and a prompt must be encoded alike with and without an answer')
     return shared, len(prompt), [tokens[-1] for tokens in whole]
-
 
 def progress(plan, lengths, name):
     """Yields the batches of `plan`, and shows on stderr, under `name`, how many tokens are done and the time that is left."""
@@ -239,11 +227,9 @@ def progress(plan, lengths, name):
             shown, left = now, grow.clock_time((now - start) * (total - done) / done)
             print(f'\r{name}: {done / total:.0%}, {left} left  ', end='\n' if done == total else '', file=sys.stderr, flush=True)
 
-
 def padding(plan, lengths):
     """The share of padding in all tokens that pass the model."""
     return 1 - sum(lengths) / sum(len(batch) * lengths[batch[0]] for batch in plan)
-
 
 def score(model, encoding, questions, context, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), name=None):
     """Scores Questions by likelihood and by letter -> (rows, share of padding). A row is a dict: subject, index, key, choice (the likeliest
@@ -266,7 +252,6 @@ def score(model, encoding, questions, context, batch_tokens=8192, device='cpu', 
                            logps=[round(x, 5) for x in options], scores=dict(likelihood=int(choice == q.key), letter=int(letter.strip() == q.key)))
     return rows, padding(plan, lengths)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # SQuAD: hit is the paper's score, exact match and F1 are SQuAD's own
 
@@ -275,14 +260,12 @@ def words(text):
     text = ''.join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r'\b(a|an|the)\b', ' ', text).split()
 
-
 def f1(answer, text):
     """Harmonic mean of precision and recall over the words of two texts; without words on either side, whether both have none."""
     a, b = words(answer), words(text)
     if not a or not b:
         return float(a == b)
     return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b))
-
 
 def score_open(model, encoding, questions, context, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), name=None, eos=EOS):
     """Answers OpenQuestions by 16 greedy tokens, up to `eos` -> (rows, share of padding). hit: the first answer is a substring of what was
@@ -305,7 +288,6 @@ def score_open(model, encoding, questions, context, batch_tokens=8192, device='c
             rows[i] = dict(subject=q.subject, index=q.index, answers=q.answers, generation=text, cut=len(prompts[i]) > context, scores=scores)
     return rows, padding(plan, lengths)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Summary
 
@@ -318,7 +300,6 @@ def figures(rows):
         result[name] = dict(sum=sum(values), mean=mean, stderr=(max(0, sum(v * v for v in values) / len(values) - mean**2) / len(values)) ** 0.5)
     return result
 
-
 def summarise(rows):
     """Figures of all rows (the micro average), of those whose prompt was not cut, of each subject and category; macro: the mean over subjects."""
     def grouped(key):
@@ -330,15 +311,13 @@ def summarise(rows):
                 cut=sum(row['cut'] for row in rows), uncut=figures([row for row in rows if not row['cut']]),
                 categories=grouped(lambda row: CATEGORY.get(row['subject'], 'other')), subjects=subjects)
 
-
 def percent(x):
     """'25.31 ± 0.37' of figures such as `figures` gives."""
     return f'{100 * x["mean"]:.2f} ± {100 * x["stderr"]:.2f}'
 
-
 def cells(figures):
+    """`figures` as cells of a table: n, and each score in percent with its standard error."""
     return dict(n=figures['n'], **{name: percent(x) for name, x in figures.items() if name != 'n'})
-
 
 def print_summary(summary, context):
     """The table of one model, scores in percent with their standard errors."""
@@ -354,7 +333,6 @@ def print_summary(summary, context):
     left, n = summary['uncut'], summary['total']['n']
     print(f'{summary["cut"]:,} of {n:,} prompts ({summary["cut"] / n:.1%}) exceed the context of {context} tokens and were cut from the left'
           + (f'; the other {left["n"]:,}: ' + ', '.join(f'{name} {percent(x)}' for name, x in left.items() if name != 'n') if left['n'] else ''))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
@@ -374,7 +352,6 @@ def evaluate(model, sources, target, questions, a, c, amp):
     print(f'padding {waste:.1%} of all tokens; {seconds:.0f} s, {len(rows) / seconds:.1f} prompts/s; rows in {target}')
     return summary
 
-
 def targets(a):
     """What to score: [(checkpoint file, file of its result)]. An OUT is the folder of a run, or a checkpoint in it."""
     files = [Path(out) / 'latest.pt' if Path(out).is_dir() else Path(out) for out in a.out]
@@ -387,9 +364,9 @@ def targets(a):
             raise UserError(f'{path} does not exist: OUT must be the folder of a run, or a checkpoint in it')
     return [(path, path.parent / f'eval_{a.task}{"" if path.stem == "latest" else "_" + path.stem}.json') for path in files]
 
-
 @cli
 def main(argv=None):
+    """The command line: scores each OUT, or the merge of several."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('out', nargs='+', metavar='OUT', help='folder of a run, or a stage_K.pt in it; several are experts, which are merged')
     parser.add_argument('--task', choices=list(FILES), default='mmlu', help='(%(default)s)')
@@ -426,7 +403,6 @@ def main(argv=None):
     if a.all_stages:
         print('\nscore by depth, in percent' + (f'; chance {100 * summary["chance"]:.2f}' if summary['chance'] else ''))
         grow.table(depths)
-
 
 if __name__ == '__main__':
     main()
