@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import prepare_data
 from substrate import EOS, VOCAB, Parser, Substrate, UserError, cli, digest, replacing, substrate, tokenizer, tokenizer_fingerprint
@@ -112,8 +111,6 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Model: a pre-norm decoder with rotary positions (paper section 3; pre-norm, eps and initial weights are our choice)
 
-HEAD_ROWS = 8192   # more tokens than this pass the head in slices, so that T x 65,536 logits never exist at once
-
 def rotate(x, cos, sin):
     """Rotary position embedding, half-split pairing. x: B, H, T, D; cos, sin: T, D/2."""
     a, b = x.chunk(2, dim=-1)
@@ -155,9 +152,45 @@ def generator(*of):
     """A random generator that depends on `of` alone, so that nothing random needs to be remembered over a kill."""
     return torch.Generator().manual_seed(int(digest(*of)[:15], 16))
 
-def head_loss(h, weight, bias, targets):
-    """Sum of the cross-entropies (nats) of the rows of h (N, d) under the linear head; targets (N,), those of -100 left out."""
-    return F.cross_entropy(F.linear(h, weight, bias).float(), targets, reduction='sum')
+SLICE = 4096   # tokens of the vocabulary whose logits exist at once
+
+def slice_logsumexp(h, weight, bias):
+    """h (N, d), weight (S, d), bias (S,) of a slice of the head -> log sum exp of its logits (N,)."""
+    return F.linear(h, weight.to(h.dtype), bias.to(h.dtype)).float().logsumexp(1)
+
+def slice_gradients(h, weight, bias, logsumexp, g):
+    """The part of a slice in the gradients of h, weight and bias, less the one-hot; logsumexp of all logits (N,), g: of the losses (N,)."""
+    logits = F.linear(h, weight.to(h.dtype), bias.to(h.dtype)).float()
+    p = ((logits - logsumexp[:, None]).exp() * g[:, None]).to(h.dtype)                                    # N, S: g softmax
+    return p @ weight.to(h.dtype), p.T @ h, p.float().sum(0)
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies (nats) of h (N, d) under the linear head, weight (V, d) and bias (V,), for targets (N,); -100 does not count.
+
+    The head passes in slices, so N x 65,536 logits never exist at once: they stay in a CPU's cache and spare a GPU's memory. The price is
+    to compute them twice, for the log sum exp and for the gradient, which is softmax - one-hot."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, targets, slice_logsumexp, slice_gradients):
+        device = h.device.type
+        x = h.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype)
+        slices = zip(weight.split(SLICE), bias.split(SLICE))
+        logsumexp = torch.stack([slice_logsumexp(x, w, b) for w, b in slices]).logsumexp(0)               # N
+        counted, targets = targets != -100, targets.clamp(min=0)
+        ctx.save_for_backward(h, x, weight, bias, targets, counted, logsumexp)
+        ctx.slice_gradients = slice_gradients
+        return ((logsumexp - (h * weight[targets]).sum(1) - bias[targets]) * counted).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        h, x, weight, bias, targets, counted, logsumexp = ctx.saved_tensors
+        g = g * counted                                                                                   # N
+        to_h, to_weight, to_bias = -g[:, None] * weight[targets], torch.empty_like(weight), torch.empty_like(bias)
+        for first in range(0, len(bias), SLICE):
+            at = slice(first, first + SLICE)
+            part, to_weight[at], to_bias[at] = ctx.slice_gradients(x, weight[at], bias[at], logsumexp, g)
+            to_h += part
+        return to_h, to_weight.index_add_(0, targets, -g[:, None] * h), to_bias.index_add_(0, targets, -g), None, None, None
 
 class GrowingTransformer(nn.Module):
     """A token interface, blocks (none at birth: `append` adds them on top), a final LayerNorm and an untied output layer.
@@ -174,7 +207,7 @@ class GrowingTransformer(nn.Module):
         angle = torch.outer(torch.arange(config.context), 10_000.0 ** (-torch.arange(half) / half))       # T, D/2
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
-        self.head_loss = head_loss                                                                        # compiled below
+        self.slices = slice_logsumexp, slice_gradients                                                    # compiled below
         # Rows of length 1 become elements of about 1 (our choice: far better than rows of 1); the bits of the code are 0 and 1 already
         self.scale = 1.0 if interface.name == 'binary' else math.sqrt(config.d_model)
 
@@ -199,10 +232,7 @@ class GrowingTransformer(nn.Module):
         h = self.hidden(idx)
         if targets is None:
             return self.head(h)
-        h, targets, loss = h.flatten(0, 1), targets.flatten(), 0
-        for rows, t in zip(h.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
-            args = rows, self.head.weight, self.head.bias, t
-            loss = loss + (self.head_loss(*args) if len(h) <= HEAD_ROWS else checkpoint(self.head_loss, *args, use_reentrant=False))
+        loss = HeadLoss.apply(h.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(), *self.slices)
         return None, loss / (targets != -100).sum()
 
 def new_model(c, batches):
@@ -380,7 +410,7 @@ class MixtureOfExperts(nn.Module):
         with torch.no_grad():
             torch.cat([e.head.weight / n for e in experts], dim=1, out=self.head.weight.data)
             self.head.bias.copy_(sum(e.head.bias for e in experts) / n)
-        self.experts, self.head_loss = nn.ModuleList(experts), head_loss
+        self.experts, self.slices = nn.ModuleList(experts), (slice_logsumexp, slice_gradients)
         for e in experts:
             e.head = None
 
@@ -472,7 +502,7 @@ def compile_model(model):
     torch._dynamo.config.fail_on_recompile_limit_hit = True                          # never fall back to eager in silence
     for block in model.blocks:
         block.compile(dynamic=False)
-    model.head_loss = torch.compile(head_loss, dynamic=False)
+    model.slices = tuple(torch.compile(f, dynamic=False) for f in (slice_logsumexp, slice_gradients))
 
 def make_optimizer(model, c, later=False):
     """AdamW over exactly the trainable parameters; a fresh one for every phase, since a frozen tensor that stays in an optimiser
