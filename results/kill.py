@@ -1,8 +1,11 @@
-"""kill -9 at ten moments of a run with a LoRA phase, then --resume: are the weights those of an uninterrupted run?
+"""kill -9 at ten moments between 10% and 95% of a run with a LoRA phase, then --resume: are the weights those of an uninterrupted run?
 
     python results/kill.py [N] [flags of grow.py]      # prints a line a kill; exit status 1 if any differs
+
+A moment is so many lines of the run's log, then a random part of the time to the next one (a checkpoint is written every 1.2 seconds).
 """
 
+import random
 import shutil
 import subprocess
 import sys
@@ -31,21 +34,21 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place) / 'whole'
         whole.mkdir()
-        begin = time.time()
-        run = start(whole, *flags)
+        begin, lines, run = time.time(), [], start(whole, *flags)
         for line in run.stdout:
-            if line.startswith('grow 1:'):
-                begin_training = time.time() - begin
+            lines += [time.time()] * ('tok/s' in line)                 # a line of the log
         run.wait()
-        seconds, want, same = time.time() - begin, weights(whole), 0
-        print(f'uninterrupted: {seconds:.1f} s, {len(want)} tensors; training begins after {begin_training:.1f} s', flush=True)
+        seconds, want, same = lines[-1] - lines[0], weights(whole), 0
+        print(f'uninterrupted: {lines[0] - begin:.1f} s to the first of {len(lines)} lines, {seconds:.1f} s to the last; {len(want)} tensors', flush=True)
         for k in range(kills):
             folder = Path(place) / f'kill{k}'
             folder.mkdir()
             shutil.copytree(whole / 'data', folder / 'data')
-            moment = begin_training + (seconds - begin_training) * (0.10 + 0.85 * k / max(1, kills - 1))
-            run = start(folder, *flags)
-            time.sleep(moment)
+            share = 0.10 + 0.85 * k / max(1, kills - 1)
+            run, left = start(folder, *flags), round(share * len(lines))
+            while left and (line := run.stdout.readline()):
+                left -= 'tok/s' in line
+            time.sleep(random.Random(k).random() * seconds / len(lines))
             run.kill()                                 # SIGKILL
             run.communicate()
             resumed = start(folder, '--resume').communicate()[0]
@@ -53,7 +56,7 @@ def main():
             equal = got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
             same += equal
             where = next((line for line in resumed.splitlines() if 'resuming' in line or 'finished' in line), resumed[-200:])
-            print(f'killed after {moment:5.1f} s | {where} | {"same bits" if equal else "DIFFERENT"}', flush=True)
+            print(f'killed at {share:3.0%} | {where} | {"same bits" if equal else "DIFFERENT"}', flush=True)
             shutil.rmtree(folder)
     print(f'{same} of {kills} equal')
     sys.exit(same != kills)
