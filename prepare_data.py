@@ -52,8 +52,8 @@ LONGEST = 32 * 2**20       # bytes: the longest document, which has to fit into 
 VAL_ONE_IN = 50            # one document in so many is held out: 2%
 SMALLEST = 1_025           # tokens that a split needs: one sequence at the paper's context of 1,024, and the target of its last token
 COUNTED = 20_000_000       # tokens that the n-gram baselines count, which still fit into memory
-CORES = os.cpu_count()
-AHEAD = 2**20              # characters that a core may be tokenized ahead of the writer: with them memory is bounded, however large the corpus
+CORES = os.cpu_count() or 1
+AHEAD = 2**19              # characters that a core may be tokenized ahead of the writer: with them memory is bounded, however large the corpus
 ENDINGS = ('.jsonl', '.md', '.parquet', '.py', '.txt')
 HUB = 'https://huggingface.co/datasets'
 CORPORA = {                # address, with a place for the number of a file, and how many files there are
@@ -259,8 +259,9 @@ class ShardWriter:
         self.buffer = np.empty(SHARD, np.uint16)       # costs memory only as it fills
 
     def add(self, ids, n_bytes):
-        for key, count in (('documents', 1), (f'{self.split}_tokens', len(ids)), (f'{self.split}_bytes', n_bytes)):
-            self.meta[key] += count
+        self.meta['documents'] += 1
+        self.meta[f'{self.split}_tokens'] += len(ids)
+        self.meta[f'{self.split}_bytes'] += n_bytes
         while len(ids):
             part = ids[:SHARD - self.filled]
             self.buffer[self.filled:self.filled + len(part)] = part
@@ -301,9 +302,9 @@ def prepare(name, documents, source, root='data'):
     return prepare_parts(name, [contextlib.nullcontext(documents)], source, root)
 
 def prepare_parts(name, parts, source, root='data', limit=None):
-    """`prepare` for a list of context managers that each give an iterable of strings. A part is left when its shards are on the disk, and after
-    that meta.json is written: a call that is stopped is gone on with by the next one, after the last whole part, and ends in the same bytes.
-    `limit`: stop after the first document with which there are so many training tokens (and enough validation tokens)."""
+    """Like `prepare`, from a list of context managers that each give an iterable of strings. A part is left when its shards are on the disk,
+    then meta.json says so: when a call was stopped, the next one goes on after the last whole part and ends in the same bytes. `limit`: stop
+    after the first document with which there are so many training tokens, and SMALLEST validation tokens. Raises UserError."""
     folder, start = Path(root) / name, time.time()
     if not re.fullmatch(r'\w[\w.-]*', name):
         raise UserError(f'{name!r} does not name a folder; use letters, digits, - and _ for --name')
@@ -311,7 +312,8 @@ def prepare_parts(name, parts, source, root='data', limit=None):
         raise UserError(f'{folder} exists already; remove it, or choose another --name')
     with new_folder(folder) as beside:
         record, options = beside / 'meta.json', dict(source=source, limit=limit, tokenizer=tokenizer_fingerprint())
-        meta = options | dict(python=platform.python_version(), parts=0, documents=0, train_tokens=0, val_tokens=0, train_bytes=0, val_bytes=0, shards={})
+        meta = options | dict(python=platform.python_version(), parts=0, shards={})
+        meta |= dict.fromkeys(('documents', 'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes'), 0)
         if record.exists():
             meta = read_meta(beside, least=0)
             if not options.items() <= meta.items():
@@ -327,10 +329,8 @@ def prepare_parts(name, parts, source, root='data', limit=None):
 
         def enough():
             return limit is not None and meta['train_tokens'] >= limit and meta['val_tokens'] >= SMALLEST
-        for part in parts[meta['parts']:]:
-            if enough():
-                break
-            with part as documents:
+        while meta['parts'] < len(parts) and not enough():
+            with parts[meta['parts']] as documents:
                 begun = shown = time.time()
                 before = meta['train_bytes'] + meta['val_bytes']
                 for held_out, n_bytes, ids in encoded(documents):
@@ -385,7 +385,8 @@ def read_meta(folder, least=1):
     """The meta.json of a data set, a dict. Raises UserError if it is missing or broken, or counts less than `least` of anything."""
     try:
         meta = json.loads((folder / 'meta.json').read_text())
-        if min(meta['train_tokens'], meta['val_tokens'], meta['val_bytes']) < least or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
+        counts = meta['train_tokens'], meta['val_tokens'], meta['val_bytes']
+        if min(counts) < least or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
             raise ValueError
         return meta
     except (FileNotFoundError, NotADirectoryError):
