@@ -48,7 +48,7 @@ from substrate import EOS, VOCAB, Parser, UserError, cli, digest, replacing, tok
 SHARD = 2**27              # tokens in a shard: 256 MB
 WHOLE = 64 * 2**10         # bytes: a text file of at most this size is one document ...
 PIECE = 16 * 2**10         # ... and a longer one is cut at the first line end after each so many (ours)
-LONGEST = 32 * 2**20       # bytes: the longest document, which has to fit into memory
+LONGEST = 16 * 2**20       # bytes: the longest document, which has to fit into memory some ten times
 VAL_ONE_IN = 50            # one document in so many is held out: 2%
 SMALLEST = 1_025           # tokens that a split needs: one sequence at the paper's context of 1,024, and the target of its last token
 COUNTED = 20_000_000       # tokens that the n-gram baselines count, which still fit into memory
