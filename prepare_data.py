@@ -4,9 +4,14 @@ A data set is a folder data/NAME/ of token shards (train_000000.npy, val_000000.
 and a meta.json. One token is one uint16, and every document is followed by the id of </s>.
 
     python prepare_data.py stdlib                                   # the prose of Python's standard library: 3 MB, no download
-    python prepare_data.py files --name books PATH...               # your own .txt .md .py .jsonl files or folders, in UTF-8
+    python prepare_data.py files --name books PATH...               # your own .txt .md .py .jsonl files or folders, in UTF-8, or .gz
     python prepare_data.py files --name quotes --split-line % PATH  # one document between lines that say %
+    python prepare_data.py wikipedia-ru --tokens 1_000_000_000      # downloaded, no more of it than that takes
+    python prepare_data.py fineweb-edu                              # ... cosmopedia, wikipedia-en, wikipedia-zh, shakespeare
     python prepare_data.py --check books                            # is every shard still what was written?
+
+Whatever stops it, the same command again goes on: with the download where it stopped, with the shards after the last whole file of the
+corpus. The shards come out the same, byte for byte, however often it was stopped and on however many cores it runs.
 
 The first half of this file writes; the second is what training reads with: `Dataset`, `Batches`, `val_batches`, and the n-gram baselines
 that a language model has to beat. There is no loader with hidden state: the batch of a step is a pure function of (seed, step).
@@ -14,8 +19,10 @@ that a language model has to beat. There is no loader with hidden state: the bat
 
 import argparse
 import ast
+import collections
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import inspect
 import io
@@ -28,6 +35,8 @@ import sys
 import sysconfig
 import time
 import tokenize
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +48,23 @@ from substrate import EOS, VOCAB, Parser, UserError, cli, digest, replacing, tok
 SHARD = 2**27              # tokens in a shard: 256 MB
 WHOLE = 64 * 2**10         # bytes: a text file of at most this size is one document ...
 PIECE = 16 * 2**10         # ... and a longer one is cut at the first line end after each so many (ours)
-LONGEST = 32 * 2**20       # bytes: the longest document, which has to fit into memory
+LONGEST = 16 * 2**20       # bytes: the longest document, which has to fit into memory some ten times
 VAL_ONE_IN = 50            # one document in so many is held out: 2%
 SMALLEST = 1_025           # tokens that a split needs: one sequence at the paper's context of 1,024, and the target of its last token
 COUNTED = 20_000_000       # tokens that the n-gram baselines count, which still fit into memory
-ENDINGS = ('.jsonl', '.md', '.py', '.txt')
+CORES = os.cpu_count() or 1
+AHEAD = 2**19              # characters that a core may be tokenized ahead of the writer: with them memory is bounded, however large the corpus
+ENDINGS = ('.jsonl', '.md', '.parquet', '.py', '.txt')
+HUB = 'https://huggingface.co/datasets'
+CORPORA = {                # address, with a place for the number of a file, and how many files there are
+    'fineweb-edu': (HUB + '/HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/{:03}_00000.parquet', 14),                             # 2.2 GB each
+    'cosmopedia': (HUB + '/HuggingFaceTB/smollm-corpus/resolve/main/cosmopedia-v2/train-{:05}-of-00104.parquet', 104),                # 1.2 GB each
+    'wikipedia-en': (HUB + '/wikimedia/wikipedia/resolve/main/20231101.en/train-{:05}-of-00041.parquet', 41),
+    'wikipedia-ru': (HUB + '/wikimedia/wikipedia/resolve/main/20231101.ru/train-{:05}-of-00021.parquet', 21),
+    'wikipedia-zh': (HUB + '/wikimedia/wikipedia/resolve/main/20231101.zh/train-{:05}-of-00006.parquet', 6),
+    'shakespeare': ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt', 1,
+                    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents of the standard library, text that every Python brings along. Docstrings, comments and help topics are prose;
@@ -103,7 +124,16 @@ def stdlib_documents():
         yield normalised(topics[key])
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Documents of text files, read line by line: a file may be larger than the memory
+# Documents of files, read bit by bit: a file may be larger than the memory
+
+@contextlib.contextmanager
+def opened(path):
+    """Yields a binary file, unpacked if its name ends in .gz. Raises UserError where a .gz file breaks off or is damaged."""
+    try:
+        with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as f:
+            yield f
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise UserError(f'{path} is cut short or damaged (gzip -t says the same); get it again') from None
 
 def numbered_lines(f):
     """Lines of a binary file with their numbers from 1, none longer than LONGEST + 1 bytes."""
@@ -119,9 +149,10 @@ def decoded(raw, path, first_line):
 
 def text_documents(path, split_line=None):
     """Yields what stands between lines equal to `split_line`; without it the whole file, or pieces of a long one."""
-    room = PIECE if split_line is None and path.stat().st_size > WHOLE else LONGEST
     held, size, first = [], 0, 1
-    with open(path, 'rb') as f:
+    with opened(path) as f:
+        room = PIECE if split_line is None and len(f.read(WHOLE + 1)) > WHOLE else LONGEST
+        f.seek(0)
         for number, line in numbered_lines(f):
             ends = split_line is not None and line.rstrip(b'\r\n') == split_line.encode()
             if not ends:
@@ -136,7 +167,7 @@ def text_documents(path, split_line=None):
 
 def jsonl_documents(path):
     """Yields the "text" of each row."""
-    with open(path, 'rb') as f:
+    with opened(path) as f:
         for number, line in numbered_lines(f):
             if len(line) > LONGEST:
                 raise UserError(f'{path}, line {number}: a row of over {LONGEST >> 20} MiB; split it')
@@ -149,15 +180,42 @@ def jsonl_documents(path):
                     raise UserError(f'{path}, line {number}: not a JSON object with a "text" of valid Unicode; mend or remove it') from None
                 yield text
 
+def parquet():
+    """The module that reads parquet files, which nothing else here needs. Raises UserError if it is not installed."""
+    try:
+        import pyarrow.parquet
+        return pyarrow
+    except ImportError:
+        raise UserError('parquet files are read with pyarrow: pip install pyarrow') from None
+
+def parquet_documents(path):
+    """Yields the column "text", row by row."""
+    pyarrow = parquet()
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:     # with a buffer it reads page by page, not whole row groups
+            for batch in file.iter_batches(256, columns=['text']):
+                yield from batch['text'].cast('string').to_pylist()
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        reason = str(error).partition('\n')[0]
+        raise UserError(f'{path} is damaged or has no column "text" of strings ({reason}); remove it and get it again') from None
+
+def ending(path):
+    return Path(path.name.removesuffix('.gz')).suffix
+
+def documents_of(path, split_line=None):
+    """The documents of a file, read as its ending says, and as text if that says nothing."""
+    kinds = {'.jsonl': jsonl_documents, '.parquet': parquet_documents}
+    return kinds[ending(path)](path) if ending(path) in kinds else text_documents(path, split_line)
+
 def file_documents(paths, split_line=None):
     """The documents of files, whatever their ending, and of folders, recursively by ENDINGS and sorted."""
     files = []
     for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.suffix in ENDINGS and p.is_file())
+        found = [path] if path.is_file() else sorted(p for p in path.rglob('*') if ending(p) in ENDINGS and p.is_file())
         if not found:
             raise UserError(f'{path} is neither a file nor a folder with {" ".join(ENDINGS)} files in it; give the path of some text')
         files += found
-    return (text for path in files for text in (jsonl_documents(path) if path.suffix == '.jsonl' else text_documents(path, split_line)))
+    return (text for path in files for text in documents_of(path, split_line))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing shards
@@ -170,16 +228,40 @@ def sha256_of(path):
             sha.update(block)
     return sha.hexdigest()
 
-class ShardWriter:
-    """Appends documents to {split}_000000.npy, {split}_000001.npy, ... and counts them; a document may go on in the next shard."""
+def encoded(documents):
+    """Yields (held out?, UTF-8 bytes, ids with </s>) of each document that is not blank, in order, tokenized on all cores. Threads will do:
+    tiktoken lets go of the interpreter, which is held for 2% of the time."""
+    encoding, waiting, ahead = tokenizer(), collections.deque(), 0
 
-    def __init__(self, folder, split):
-        self.folder, self.split, self.shards = folder, split, {}
-        self.documents = self.tokens = self.bytes = self.filled = 0
+    def encode(text):
+        raw = text.encode()
+        # Its hash alone decides whether a document is held out, so copies of it never stand on both sides.
+        held_out = int.from_bytes(hashlib.sha256(raw).digest()[:8], 'big') % VAL_ONE_IN == 0
+        ids = encoding.encode_to_numpy(text, disallowed_special=())            # (): a text that says </s> says four characters
+        return held_out, len(raw), np.append(ids.astype(np.uint16), np.uint16(EOS))
+
+    with ThreadPoolExecutor(CORES) as pool:
+        for text in documents:
+            if text and not text.isspace():
+                waiting.append((len(text), pool.submit(encode, text)))
+                ahead += len(text)
+            while ahead > AHEAD * CORES:
+                ahead -= waiting[0][0]
+                yield waiting.popleft()[1].result()
+        while waiting:
+            yield waiting.popleft()[1].result()
+
+class ShardWriter:
+    """Appends documents to {split}_000000.npy, {split}_000001.npy, ... and counts them in `meta`; a document may go on in the next shard."""
+
+    def __init__(self, folder, split, meta):
+        self.folder, self.split, self.meta, self.filled = folder, split, meta, 0
         self.buffer = np.empty(SHARD, np.uint16)       # costs memory only as it fills
 
     def add(self, ids, n_bytes):
-        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + len(ids), self.bytes + n_bytes
+        self.meta['documents'] += 1
+        self.meta[f'{self.split}_tokens'] += len(ids)
+        self.meta[f'{self.split}_bytes'] += n_bytes
         while len(ids):
             part = ids[:SHARD - self.filled]
             self.buffer[self.filled:self.filled + len(part)] = part
@@ -189,15 +271,17 @@ class ShardWriter:
 
     def flush(self):
         if self.filled:
-            target = self.folder / f'{self.split}_{len(self.shards):06d}.npy'
+            number = sum(file.startswith(self.split) for file in self.meta['shards'])
+            target = self.folder / f'{self.split}_{number:06d}.npy'
             with replacing(target) as path, open(path, 'wb') as f:
                 np.save(f, self.buffer[:self.filled])
-            self.shards[target.name] = {'tokens': self.filled, 'sha256': sha256_of(target)}
+            self.meta['shards'][target.name] = {'tokens': self.filled, 'sha256': sha256_of(target)}
             self.filled = 0
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """Yields an empty folder beside `folder` that becomes it in the end: a data set is whole or absent."""
+    """Yields a folder beside `folder` that becomes it in the end: a data set is whole or absent. Stopped before, it stays if there is a
+    meta.json in it, which says what of it is good."""
     beside = folder.with_name(f'.{folder.name}.tmp')
     beside.mkdir(parents=True, exist_ok=True)
     lock = os.open(beside, os.O_RDONLY)
@@ -206,47 +290,89 @@ def new_folder(folder):
     except BlockingIOError:
         raise UserError(f'another process is preparing {folder}; wait until it is done') from None
     try:
-        for path in beside.iterdir():                  # left by somebody killed, who lost the lock with his life
-            path.unlink()
         yield beside
         os.rename(beside, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if not (beside / 'meta.json').exists():
+            shutil.rmtree(beside, ignore_errors=True)
         os.close(lock)
 
 def prepare(name, documents, source, root='data'):
     """Writes the data set root/name from an iterable of strings; returns its meta, a dict. `source` says where the text is from."""
-    folder, encoding, start = Path(root) / name, tokenizer(), time.time()
+    return prepare_parts(name, [contextlib.nullcontext(documents)], source, root)
+
+def prepare_parts(name, parts, source, root='data', limit=None):
+    """Like `prepare`, from a list of context managers that each give an iterable of strings. A part is left when its shards are on the disk,
+    then meta.json says so: when a call was stopped, the next one goes on after the last whole part and ends in the same bytes. `limit`: stop
+    after the first document with which there are so many training tokens, and SMALLEST validation tokens. Raises UserError."""
+    folder, start = Path(root) / name, time.time()
     if not re.fullmatch(r'\w[\w.-]*', name):
         raise UserError(f'{name!r} does not name a folder; use letters, digits, - and _ for --name')
     if folder.exists():
         raise UserError(f'{folder} exists already; remove it, or choose another --name')
     with new_folder(folder) as beside:
-        train, val, shown = ShardWriter(beside, 'train'), ShardWriter(beside, 'val'), start
-        for text in documents:
-            if text.strip():
-                raw = text.encode()
-                # Its hash alone decides whether a document is held out, so copies of it never stand on both sides.
-                split = val if int.from_bytes(hashlib.sha256(raw).digest()[:8], 'big') % VAL_ONE_IN == 0 else train
-                ids = encoding.encode_to_numpy(text, disallowed_special=())    # (): a text that says </s> says four characters
-                split.add(np.append(ids, EOS), len(raw))
-            if time.time() > shown + 0.5:
-                shown, megabytes = time.time(), (train.bytes + val.bytes) / 1e6
-                print(f'\r{name}: {megabytes:,.1f} MB of text, {megabytes / (shown - start):.1f} MB/s  ', end='', file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-        train.flush()
-        val.flush()
-        if min(train.tokens, val.tokens) < SMALLEST:
-            raise UserError(f'{train.documents + val.documents} documents give {train.tokens:,} training and {val.tokens:,} validation tokens, '
+        record, options = beside / 'meta.json', dict(source=source, limit=limit, tokenizer=tokenizer_fingerprint())
+        meta = options | dict(python=platform.python_version(), parts=0, shards={})
+        meta |= dict.fromkeys(('documents', 'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes'), 0)
+        if record.exists():
+            meta = read_meta(beside, least=0)
+            if not options.items() <= meta.items():
+                raise UserError(f'{folder} was begun from {meta["source"]!r} with a limit of {meta.get("limit")} tokens, or with another tokenizer; '
+                                f'give the same command to go on, remove {beside} to start again, or choose another --name')
+            print(f'{name}: going on after {meta["parts"]} of {len(parts)} files', file=sys.stderr)
+        for file, shard in meta['shards'].items():
+            open_shard(beside / file, shard['tokens'])
+        for path in beside.iterdir():                  # of the part in which somebody was killed, who lost the lock with his life
+            if path != record and path.name not in meta['shards']:
+                path.unlink()
+        train, val = (ShardWriter(beside, split, meta) for split in ('train', 'val'))
+
+        def enough():
+            return limit is not None and meta['train_tokens'] >= limit and meta['val_tokens'] >= SMALLEST
+        while meta['parts'] < len(parts) and not enough():
+            with parts[meta['parts']] as documents:
+                begun = shown = time.time()
+                before = meta['train_bytes'] + meta['val_bytes']
+                for held_out, n_bytes, ids in encoded(documents):
+                    (val if held_out else train).add(ids, n_bytes)
+                    if (now := time.time()) > shown + 0.5:
+                        shown, total = now, meta['train_bytes'] + meta['val_bytes']
+                        print(f'\r{name}: file {meta["parts"] + 1} of {len(parts)}, {total / 1e6:,.1f} MB of text, '
+                              f'{(total - before) / 1e6 / (now - begun + 1e-9):.1f} MB/s  ', end='', file=sys.stderr, flush=True)
+                    if enough():
+                        break
+                print(file=sys.stderr)
+                train.flush()
+                val.flush()
+            meta['parts'] += 1
+            with replacing(record) as path:
+                path.write_text(json.dumps(meta, indent=1))
+        if min(meta['train_tokens'], meta['val_tokens']) < SMALLEST:
+            record.unlink(missing_ok=True)
+            raise UserError(f'{meta["documents"]} documents give {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens, '
                             f'each needs {SMALLEST:,}, and one document in {VAL_ONE_IN} is held out; give more text, or cut it with --split-line')
-        meta = dict(source=source, tokenizer=tokenizer_fingerprint(), python=platform.python_version(), documents=train.documents + val.documents,
-                    train_tokens=train.tokens, val_tokens=val.tokens, train_bytes=train.bytes, val_bytes=val.bytes,
-                    shards=train.shards | val.shards)
-        with replacing(beside / 'meta.json') as path:
-            path.write_text(json.dumps(meta, indent=1))
-    print(f'{folder}: {meta["documents"]:,} documents, {(train.bytes + val.bytes) / 1e6:.1f} MB of text, {train.tokens:,} training and '
-          f'{val.tokens:,} validation tokens, {time.time() - start:.0f} s')
+    print(f'{folder}: {meta["documents"]:,} documents, {(meta["train_bytes"] + meta["val_bytes"]) / 1e6:.1f} MB of text, '
+          f'{meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens, {time.time() - start:.0f} s')
     return meta
+
+def prepare_corpus(corpus, root='data', name=None, limit=None, keep_raw=False, mirror=None):
+    """Downloads one of CORPORA to root/NAME.raw/, file by file, none of which stays longer than it must unless `keep_raw`, and writes the data
+    set root/NAME; returns its meta. `limit`: training tokens that are enough. `mirror`: takes the place of https://HOST in the addresses."""
+    address, count, *sha256 = CORPORA[corpus]
+    raw = Path(root) / f'{name or corpus}.raw'
+    if address.endswith('.parquet'):
+        parquet()                                      # complains before gigabytes are here, not after
+
+    @contextlib.contextmanager
+    def documents(url):
+        path = download(mirror.rstrip('/') + url[url.index('/', 8):] if mirror else url, raw / url.rpartition('/')[2], *sha256)
+        yield documents_of(path, split_line='')        # a play is split into its speeches: of its 68 pieces of 16 KiB none is held out
+        if not keep_raw:
+            path.unlink()
+            with contextlib.suppress(OSError):         # there may be other files
+                raw.rmdir()
+    return prepare_parts(name or corpus, [documents(address.format(i)) for i in range(count)],
+                         f'{address.rpartition("/")[0]}/, files: {count}', root, limit)
 
 def prepare_stdlib(root='data'):
     """Writes the data set root/stdlib; returns its meta."""
@@ -255,15 +381,16 @@ def prepare_stdlib(root='data'):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a data set
 
-def read_meta(folder):
-    """The meta.json of a data set, a dict. Raises UserError if it is missing or broken."""
+def read_meta(folder, least=1):
+    """The meta.json of a data set, a dict. Raises UserError if it is missing or broken, or counts less than `least` of anything."""
     try:
         meta = json.loads((folder / 'meta.json').read_text())
-        if min(meta['train_tokens'], meta['val_tokens'], meta['val_bytes']) < 1 or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
+        counts = meta['train_tokens'], meta['val_tokens'], meta['val_bytes']
+        if min(counts) < least or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
             raise ValueError
         return meta
     except (FileNotFoundError, NotADirectoryError):
-        command = 'stdlib' if folder.name == 'stdlib' else f'files --name {folder.name} PATH...'
+        command = folder.name if folder.name in ('stdlib', *CORPORA) else f'files --name {folder.name} PATH...'
         raise UserError(f'there is no data set {folder}; make it with: python prepare_data.py {command}') from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{folder / "meta.json"} is broken; remove {folder} and prepare it again') from None
@@ -490,26 +617,35 @@ def download_rest(url, f, name):
 def main(argv=None):
     """The command line: prepare a data set, or check one."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('corpus', nargs='?', choices=['stdlib', 'files'], help='what to prepare')
+    parser.add_argument('corpus', nargs='?', choices=['stdlib', 'files', *CORPORA], help='what to prepare; the others are downloaded')
     parser.add_argument('paths', nargs='*', metavar='PATH', help='for files: text files, or folders of them')
-    parser.add_argument('--name', help='for files: the data set becomes ROOT/NAME')
+    parser.add_argument('--name', help='the data set becomes ROOT/NAME (for a download, its own name)')
     parser.add_argument('--split-line', metavar='TEXT', help='for files: a document ends at each line that is TEXT and nothing else')
+    parser.add_argument('--tokens', type=int, metavar='N', help='for a download: stop after the document with which there are N training tokens')
+    parser.add_argument('--keep-raw', action='store_true', help='for a download: leave what was downloaded in ROOT/NAME.raw')
+    parser.add_argument('--mirror', metavar='URL', help='for a download: ask this server, not the one at https://HOST of the address')
     parser.add_argument('--check', metavar='NAME', help='compare the shards of a data set with their checksums')
     parser.add_argument('--root', default='data', help='folder of the data sets (%(default)s)')
     args = parser.parse_intermixed_args(argv)
     if bool(args.check) == bool(args.corpus):
-        parser.error('say what to prepare, stdlib or files, or give --check NAME')
+        parser.error('say what to prepare, stdlib, files or a corpus, or give --check NAME')
     if args.corpus == 'files' and not (args.paths and args.name):
         parser.error('files needs --name NAME and at least one PATH')
-    if args.corpus != 'files' and (args.paths or args.name or args.split_line):
-        parser.error('only files takes PATH, --name and --split-line')
+    if args.corpus != 'files' and (args.paths or args.split_line is not None) or args.name and args.corpus in ('stdlib', None):
+        parser.error('only files takes PATH and --split-line, and only files and downloads take --name')
+    if args.corpus not in CORPORA and (args.tokens is not None or args.keep_raw or args.mirror):
+        parser.error('only a corpus that is downloaded takes --tokens, --keep-raw and --mirror')
+    if args.tokens is not None and args.tokens < 1 or args.mirror and not re.match('https?://', args.mirror):
+        parser.error('--tokens must be positive, and --mirror start with https:// or http://')
     if args.check:
         check(args.check, args.root)
     elif args.corpus == 'stdlib':
         prepare_stdlib(args.root)
-    else:
-        source = ' '.join(args.paths) + (f', split at {args.split_line}' if args.split_line else '')
+    elif args.corpus == 'files':
+        source = ' '.join(args.paths) + (f', split at {args.split_line}' if args.split_line is not None else '')
         prepare(args.name, file_documents(args.paths, args.split_line), source, args.root)
+    else:
+        prepare_corpus(args.corpus, args.root, args.name, args.tokens, args.keep_raw, args.mirror)
 
 if __name__ == '__main__':
     main()

@@ -1,6 +1,7 @@
 """Tests of growing transformers: `pytest` runs all of them on a CPU in a few minutes; those marked cuda need a GPU."""
 
 import collections
+import gzip
 import http.server
 import io
 import json
@@ -8,6 +9,8 @@ import math
 import os
 import random
 import signal
+import socket
+import sys
 import tarfile
 import threading
 import time
@@ -372,11 +375,12 @@ def refuses(pattern, function, *args, **kwargs):
 
 def test_every_id_survives_a_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, 'SHARD', 50_000)
-    writer = prepare_data.ShardWriter(tmp_path, 'train')
+    meta = dict(documents=0, train_tokens=0, train_bytes=0, shards={})
+    writer = prepare_data.ShardWriter(tmp_path, 'train', meta)
     writer.add(np.arange(65_536), 0)
     writer.flush()
-    assert [shard['tokens'] for shard in writer.shards.values()] == [50_000, 15_536]
-    read = [np.load(tmp_path / file, mmap_mode='r') for file in writer.shards]
+    assert [shard['tokens'] for shard in meta['shards'].values()] == [50_000, 15_536]
+    read = [np.load(tmp_path / file, mmap_mode='r') for file in meta['shards']]
     assert all(isinstance(shard, np.memmap) and shard.dtype == np.uint16 for shard in read)
     assert np.array_equal(np.concatenate(read), np.arange(65_536))
 
@@ -434,6 +438,20 @@ def test_bad_rows_name_their_line(tmp_path, row):
     refuses('rows.jsonl, line 2: not a JSON object', list, prepare_data.file_documents([tmp_path]))
 
 
+def test_gz_files_are_unpacked_and_broken_ones_named(tmp_path):
+    long = 'line ' * 20 + '\n'
+    for name, text in (('a.txt', long * 1000), ('b.jsonl', '{"text": "row"}\n'), ('c.md', 'md'), ('d.log', 'left out')):
+        (tmp_path / f'{name}.gz').write_bytes(gzip.compress(text.encode()))
+    found = list(prepare_data.file_documents([tmp_path]))
+    (tmp_path / 'a.txt').write_text(long * 1000)
+    assert found == [*prepare_data.text_documents(tmp_path / 'a.txt'), 'row', 'md'] and len(found) > 5
+    assert list(prepare_data.file_documents([tmp_path / 'd.log.gz'])) == ['left out']
+    whole = (tmp_path / 'a.txt.gz').read_bytes()
+    for broken in (whole[:-9], whole[:20], whole[:50] + b'x' * 50 + whole[100:], b'text'):
+        (tmp_path / 'a.txt.gz').write_bytes(broken)
+        refuses('a.txt.gz is cut short or damaged', list, prepare_data.file_documents([tmp_path / 'a.txt.gz']))
+
+
 def test_encoding_errors_name_file_and_line(tmp_path):
     (tmp_path / 'latin.txt').write_bytes('\n'.join(['word'] * 20_000 + ['café']).encode('latin-1'))
     refuses('latin.txt, line 20001: not UTF-8', list, prepare_data.file_documents([tmp_path]))
@@ -477,11 +495,12 @@ def test_killed_halfway_leaves_no_data_set(tmp_path):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (tmp_path / '.d.tmp' / 'train_000007.npy').write_bytes(b'rubbish')
     refuses('no data set .*files --name d PATH', prepare_data.Dataset, 'd', tmp_path)
-    with prepare_data.new_folder(tmp_path / 'd'):                              # while one process writes, another is told to wait
-        refuses('another process is preparing', prepare_data.prepare, 'd', texts(), 'made up', tmp_path)
-        (tmp_path / '.d.tmp' / 'meta.json').write_text('{}')
-    (tmp_path / 'd' / 'meta.json').unlink()
-    (tmp_path / 'd').rmdir()
+    with pytest.raises(OSError, match='stopped'), prepare_data.new_folder(tmp_path / 'd'):
+        refuses('another process is preparing', prepare_data.prepare, 'd', texts(), 'made up', tmp_path)     # while one writes, others wait
+        (tmp_path / '.d.tmp' / 'meta.json').write_text('{')
+        raise OSError('stopped')
+    refuses('.d.tmp/meta.json is broken', prepare_data.prepare, 'd', texts(), 'made up', tmp_path)
+    (tmp_path / '.d.tmp' / 'meta.json').unlink()
     prepare_data.prepare('d', texts(), 'made up', tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['d']
     assert sorted(path.name for path in (tmp_path / 'd').iterdir()) == ['meta.json', 'train_000000.npy', 'val_000000.npy']
@@ -512,7 +531,8 @@ def test_damaged_data_sets_are_refused_by_name(tmp_path, dataset, capsys):
 
 
 @pytest.mark.parametrize('argv', [[], ['stdlib', '--check', 'a'], ['files', 'a.txt'], ['files', '--name', 'a'], ['stdlib', 'a.txt'],
-                                  ['stdlib', '--bogus'], ['bogus']])
+                                  ['stdlib', '--bogus'], ['bogus'], ['wikipedia-de'], ['fineweb-edu', '--tokens', '0'], ['stdlib', '--tokens', '9'],
+                                  ['cosmopedia', 'a.txt'], ['shakespeare', '--mirror', 'ftp://a'], ['stdlib', '--name', 'a']])
 def test_wrong_flags_end_in_one_sentence(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         prepare_data.main(argv)
@@ -1503,14 +1523,18 @@ def test_mistakes_in_questions_are_named(run, mmlu, capsys):
 # Downloads, from a server on this machine
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; breaks each answer off after `breaks` bytes, if set; `ranges` says whether it can go on in the middle."""
-    files, breaks, ranges, asked = {}, None, True, []
+    """Serves `files`; breaks each answer off after `breaks` bytes, if set; `ranges` says whether it can go on in the middle. Each of `faults`
+    spoils one answer: a status, or what do_GET makes of its name."""
+    files, breaks, ranges, asked, faults = {}, None, True, [], []
 
     def do_GET(self):
         self.asked.append(self.headers.get('Range'))
-        body = self.files.get(self.path)
-        if body is None:
-            return self.send_error(404)
+        body, fault = self.files.get(self.path), self.faults.pop(0) if self.faults else None
+        if body is None or isinstance(fault, int):
+            return self.send_error(fault or 404)
+        if fault == 'hang up':
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        body = body[:len(body) // 2] if fault == 'too short' else body             # and the length says the same
         first = int(self.headers['Range'][6:-1]) if self.ranges and 'Range' in self.headers else 0
         if first >= len(body):
             self.send_response(416)
@@ -1519,9 +1543,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if first else 200)
         if first:
             self.send_header('Content-Range', f'bytes {first}-{len(body) - 1}/{len(body)}')
-        self.send_header('Content-Length', str(len(body) - first))
+        self.send_header('Content-Length', str(len(body) - first + 1000 * (fault == 'too long')))
         self.end_headers()
-        self.wfile.write(body[first:][:self.breaks])
+        self.wfile.write(body[first:][:(len(body) - first) // 2 if fault == 'half' else self.breaks])
 
     def log_message(self, *args):
         pass
@@ -1531,7 +1555,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     """-> (address, Handler); retries do not wait."""
     monkeypatch.setattr(prepare_data.time, 'sleep', lambda seconds: None)
-    for name, value in (('files', {}), ('breaks', None), ('ranges', True), ('asked', [])):
+    for name, value in (('files', {}), ('breaks', None), ('ranges', True), ('asked', []), ('faults', [])):
         monkeypatch.setattr(Handler, name, value)
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -1571,6 +1595,150 @@ def test_downloads_that_cannot_succeed_say_why(server, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data.shutil, 'disk_usage', lambda path: collections.namedtuple('Usage', 'free')(2))
     with pytest.raises(substrate.UserError, match='disk'):
         prepare_data.download(f'{url}/a', tmp_path / 'a')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpora that are downloaded, from the same server: three small parquet files
+
+def pages(i):
+    return texts(150, seed=i)
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """-> (make, whole, Handler): make() prepares the corpus in tmp_path; `whole` is the meta it must have, by another way."""
+    pyarrow, (url, handler) = pytest.importorskip('pyarrow.parquet'), server
+    for name, value in (('SHARD', 15_000), ('SMALLEST', 50), ('CORPORA', {'fineweb-edu': (url + '/{:03}.parquet', 3)})):
+        monkeypatch.setattr(prepare_data, name, value)
+    for i in range(3):
+        packed = io.BytesIO()
+        table = prepare_data.parquet().table({'id': range(151), 'text': pages(i) + [None]})
+        pyarrow.write_table(table, packed, row_group_size=40)
+        handler.files[f'/{i:03}.parquet'] = packed.getvalue()
+    parts = [prepare_data.contextlib.nullcontext(pages(i)) for i in range(3)]
+    whole = prepare_data.prepare_parts('whole', parts, f'{url}/, files: 3', tmp_path / 'elsewhere')
+    assert whole['documents'] == 450 and len(whole['shards']) > 6
+    return lambda **options: prepare_data.prepare_corpus('fineweb-edu', tmp_path, **options), whole, handler
+
+
+def test_a_corpus_is_the_same_on_any_number_of_cores(hub, tmp_path, monkeypatch):
+    make, whole, handler = hub
+    for cores, ahead in ((1, 1), (2, 2**20), (7, 3000)):
+        monkeypatch.setattr(prepare_data, 'CORES', cores)
+        monkeypatch.setattr(prepare_data, 'AHEAD', ahead)
+        assert make(name=f'on{cores}', keep_raw=cores == 7) == whole
+        assert json.loads((tmp_path / f'on{cores}' / 'meta.json').read_text()) == whole
+        prepare_data.check(f'on{cores}', tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['elsewhere', 'on1', 'on2', 'on7', 'on7.raw']
+    assert sorted(path.name for path in (tmp_path / 'on7.raw').iterdir()) == ['000.parquet', '001.parquet', '002.parquet']
+    both = prepare_data.Dataset('on1', tmp_path)
+    assert sorted(documents_of(both, 'train') + documents_of(both, 'val')) == sorted(with_end(pages(0) + pages(1) + pages(2)))
+
+
+@pytest.mark.parametrize('faults', [[429], [500, 503], ['hang up'] * 2, ['too long'], ['half'] * 3, [500, 'half', 429, 'too long', 'hang up']])
+def test_faults_that_pass(hub, faults):
+    make, whole, handler = hub
+    handler.faults[:] = faults
+    assert make() == whole and not handler.faults
+
+
+@pytest.mark.parametrize('fault, words', [(404, '000.parquet answers 404'), (503, '503 .* run this again'), ('hang up', 'no connection.* run this again'),
+                                          ('too short', '000.parquet is damaged .* remove it')])
+def test_faults_that_last_are_named_and_nothing_is_lost(hub, tmp_path, fault, words):
+    make, whole, handler = hub
+    handler.faults[:] = [fault] * prepare_data.TRIES
+    refuses(words, make)
+    handler.faults.clear()
+    if fault == 'too short':                                                      # as the sentence says
+        (tmp_path / 'fineweb-edu.raw' / '000.parquet').unlink()
+    assert make() == whole
+
+
+def test_killed_before_any_rename_it_goes_on_to_the_same_shards(hub, tmp_path):
+    make, whole, handler = hub
+    replace, left = os.replace, 0
+
+    def dying(*paths):
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        replace(*paths)
+    for kill_at in range(100):
+        child = os.fork()
+        if child == 0:
+            try:
+                left, os.replace = kill_at, dying
+                make(name=f'at{kill_at}')
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):
+            break
+        assert not (tmp_path / f'at{kill_at}').exists()
+        record = tmp_path / f'.at{kill_at}.tmp' / 'meta.json'
+        left = 3 - (json.loads(record.read_text())['parts'] if record.exists() else 0)
+        handler.asked.clear()
+        assert make(name=f'at{kill_at}') == whole and len(handler.asked) in (left, left - 1)       # what is in the shards is not asked for again
+        prepare_data.check(f'at{kill_at}', tmp_path)
+        assert {path.name for path in (tmp_path / f'at{kill_at}').iterdir()} == {'meta.json', *whole['shards']}
+    assert status == 0 and kill_at == 3 + len(whole['shards']) + 3                # downloads, shards, records
+    assert not list(tmp_path.glob('.*')) and not list(tmp_path.glob('*.raw'))
+
+
+def test_tokens_are_enough_at_the_document_that_reaches_them(hub, tmp_path, capsys):
+    make, whole, handler = hub
+    limit = whole['train_tokens'] // 2
+    meta = make(name='half', limit=limit)
+    assert meta['parts'] == 2 and len(handler.asked) == 2 and len(meta['shards']) < len(whole['shards'])
+    half, all_of_it = (np.concatenate(prepare_data.Dataset(tmp_path / folder).train) for folder in ('half', 'elsewhere/whole'))
+    last = np.flatnonzero(half == prepare_data.EOS)[-2] + 1
+    assert np.array_equal(half, all_of_it[:len(half)]) and last < limit <= len(half) == meta['train_tokens']
+    handler.files.pop('/002.parquet')                                             # so that it stops after two files
+    refuses('404', make)
+    refuses('was begun from .* a limit of None', make, limit=10**9)
+    assert (tmp_path / '.fineweb-edu.tmp' / 'meta.json').exists()
+    (tmp_path / '.fineweb-edu.tmp' / 'train_000001.npy').write_bytes(b'')
+    refuses('train_000001.npy is missing, cut short', make)
+    refuses('each needs', prepare_data.prepare, 'few', texts(3), 'made up', tmp_path)
+
+
+def test_ctrl_c_ends_in_one_line_and_goes_on(hub, tmp_path, capsys, monkeypatch):
+    make, whole, handler = hub
+    def interrupted(path):
+        yield from pages(0)
+        if '001' in path.name:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(prepare_data, 'parquet_documents', interrupted)
+        prepare_data.main(['fineweb-edu', '--root', str(tmp_path)])
+    assert exit.value.code == 130 and capsys.readouterr().err.endswith('interrupted\n')
+    assert make() == whole and [path.name for path in tmp_path.iterdir() if 'fine' in path.name] == ['fineweb-edu']
+
+
+def test_parquet_needs_pyarrow_and_a_column_of_text(hub, tmp_path, monkeypatch):
+    make, whole, handler = hub
+    for number, column in enumerate(({'txt': ['a']}, {'text': [b'\xff']}, {'text': [['a']]})):
+        prepare_data.parquet().parquet.write_table(prepare_data.parquet().table(column), tmp_path / f'{number}.parquet')
+        refuses(f'{number}.parquet is damaged or has no column', list, prepare_data.file_documents([tmp_path]))
+        (tmp_path / f'{number}.parquet').unlink()
+    monkeypatch.setitem(sys.modules, 'pyarrow.parquet', None)
+    refuses('pip install pyarrow', make)
+    assert not handler.asked and not (tmp_path / 'fineweb-edu.raw').exists()
+
+
+def test_shakespeare_comes_from_a_mirror(server, tmp_path, monkeypatch):
+    url, handler = server
+    path = '/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+    handler.files[path] = body = '\n\n'.join(texts(1000)).encode()
+    command = ['shakespeare', '--mirror', url + '/', '--root', str(tmp_path), '--name', 'plays']
+    refuses('sha256', prepare_data.main.__wrapped__, command)                     # not the file that is meant
+    monkeypatch.setitem(prepare_data.CORPORA, 'shakespeare', (*prepare_data.CORPORA['shakespeare'][:2], prepare_data.hashlib.sha256(body).hexdigest()))
+    prepare_data.main(command)
+    plays = prepare_data.Dataset('plays', tmp_path)
+    assert plays.meta['documents'] == 1000 and documents_of(plays, 'train')[0] == texts()[0] + '\n</s>'
+    assert plays.meta['source'] == f'https://raw.githubusercontent.com{path.removesuffix("input.txt")}, files: 1'
 
 
 def test_archives_are_fetched_and_unpacked(server, mmlu, tmp_path, monkeypatch):
