@@ -783,7 +783,7 @@ def test_it_overfits_one_batch():
     grow.enter(model, grow.Phase('grow', 1, 2, 2, 20))
     optimizer = grow.make_optimizer(model, c)
     one = (ids(4, 16), ids(4, 16, seed=1))
-    batches = type('OneBatch', (), dict(batch=lambda self, step: one))()
+    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
     losses = [grow.train_step(model, optimizer, batches, k, c, torch.autocast('cpu', enabled=False))[0] for k in range(20)]
     assert losses[-1] < 0.5 < 10 < losses[0]
 
@@ -799,7 +799,7 @@ def test_accumulation_equals_one_large_batch(here):
 def test_same_seed_same_run_and_monolithic_sees_the_same_batches(here, monkeypatch):
     seen = []
     original = prepare_data.Batches.batch
-    monkeypatch.setattr(prepare_data.Batches, 'batch', lambda self, step: seen.append(original(self, step)) or seen[-1])
+    monkeypatch.setattr(prepare_data.Batches, 'batch', lambda self, step, rows=slice(None): seen.append(original(self, step, rows)) or seen[-1])
     grow.main(flags(out='a'))
     grow.main(flags(out='b'))
     grow.main(flags(out='c', monolithic=True))
@@ -1191,10 +1191,10 @@ def test_contradicting_resume_is_refused(here, capsys):
 def test_nan_stops_and_keeps_the_last_good_checkpoint(here, capsys, monkeypatch):
     original = prepare_data.Batches.batch
 
-    def poison(self, step):
+    def poison(self, step, rows=slice(None)):
         if step == 5:
             model[0].head.bias.data[7] = float('nan')
-        return original(self, step)
+        return original(self, step, rows)
     model, new_model = [], grow.new_model
     monkeypatch.setattr(grow, 'new_model', lambda *args: model.append(new_model(*args)) or model[0])
     monkeypatch.setattr(prepare_data.Batches, 'batch', poison)
@@ -1646,7 +1646,7 @@ def test_cuda_twenty_steps_at_paper_size(here):
     grow.compile_model(model)
     optimizer = grow.make_optimizer(model, c)
     one = (ids(16, 1024), ids(16, 1024, seed=1))
-    batches = type('OneBatch', (), dict(batch=lambda self, step: one))()
+    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
     torch.cuda.reset_peak_memory_stats()
     losses = [grow.train_step(model, optimizer, batches, k, c, amp)[0] for k in range(5)]
     torch.cuda.synchronize()

@@ -40,7 +40,7 @@ def measure(phase, monolithic, flags):
     optimizer = grow.make_optimizer(model, c)
     shape = c.batch_tokens // c.context, c.context
     idx, targets = (torch.randint(0, substrate.VOCAB, shape) for _ in range(2))
-    batches = type('OneBatch', (), dict(batch=lambda self, step: (idx, targets)))()
+    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: (idx, targets)))()
     times = []
     for step in range(STEPS):
         start = time.perf_counter()
