@@ -443,7 +443,7 @@ def compare_experts(c):
 # Several processes (torchrun): each holds the whole model and trains it on its share of the rows of every global batch; gradients are
 # averaged. Rank 0 goes first, and it alone speaks and writes.
 
-RANK, RANKS = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))       # torchrun sets them: which process, of how many
+RANK, RANKS, LOCAL_RANK = (int(os.environ.get(name, alone)) for name, alone in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 
 def join():
     """Meets the other processes, once: whoever comes first waits. Rank 0 comes when flags, data and tables are checked or made."""
@@ -462,13 +462,12 @@ def over_ranks(number):
 
 def set_up(c):
     """Chooses precision and compilation where the user did not, prints them, and returns the context of mixed precision."""
-    if not dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())[c.device]:
-        raise UserError(f'this machine, or this build of torch, has no {c.device}: leave out --device, or give --device cpu', status=2)
-    if c.device == 'cuda' and RANKS > 1:
-        if (gpu := int(os.environ['LOCAL_RANK'])) >= torch.cuda.device_count():
-            raise UserError(f'there is no GPU for process {gpu + 1} of this machine: give torchrun --nproc_per_node {torch.cuda.device_count()}', status=2)
-        torch.cuda.set_device(gpu)
-    assert c.device != 'cuda' or torch.backends.cuda.flash_sdp_enabled(), 'flash attention is off: call torch.backends.cuda.enable_flash_sdp(True)'
+    if not dict(cpu=True, cuda=torch.cuda.device_count() > LOCAL_RANK, mps=torch.backends.mps.is_available() and RANKS == 1)[c.device]:
+        every = ' for every process: start fewer' if RANKS > 1 else ': leave out --device'
+        raise UserError(f'this machine, or this build of torch, has no {c.device}{every}, or give --device cpu', status=2)
+    if c.device == 'cuda':
+        torch.cuda.set_device(LOCAL_RANK)
+        assert torch.backends.cuda.flash_sdp_enabled(), 'flash attention is off: call torch.backends.cuda.enable_flash_sdp(True)'
     if c.dtype == 'auto':
         native = torch.cuda.is_bf16_supported() if c.device == 'cuda' else native_bf16() if c.device == 'cpu' else False
         c.dtype = 'bfloat16' if native else 'float32'
@@ -802,7 +801,7 @@ def train(c, given):
         enter(model, phase)
         if c.compile:
             compile_model(model)
-        ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if RANKS > 1 else model   # knows the blocks of this phase only
+        ddp = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if RANKS > 1 else model   # knows the blocks of this phase only
         optimizer = make_optimizer(model, c, later=at['phase'] > 0 or bool(c.grow_from))
         if at['step']:
             optimizer.load_state_dict(ckpt['optimizer'])
