@@ -440,8 +440,8 @@ def compare_experts(c):
     table(rows)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes (torchrun): each holds the whole model and trains it on its share of the rows of every global batch; gradients are
-# averaged. Rank 0 goes first, and it alone speaks and writes.
+# Several processes, started by torchrun, which numbers them in the environment. Each holds the whole model and takes its share of the
+# rows of every global batch; gradients are averaged. Rank 0 goes first, and it alone speaks and writes.
 
 RANK, RANKS, LOCAL_RANK = (int(os.environ.get(name, alone)) for name, alone in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 
@@ -669,9 +669,8 @@ def train_step(model, optimizer, batches, step, c, amp):
             part = model(x, t)[1] / micro_batches
         part.backward()
         loss += part.detach()
-    trainable = [p for group in optimizer.param_groups for p in group['params']]
-    norm = torch.nn.utils.clip_grad_norm_(trainable, c.clip)
-    loss, norm = over_ranks(loss.item()) / RANKS, norm.item()
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], c.clip).item()
+    loss = over_ranks(loss.item()) / RANKS
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -801,7 +800,7 @@ def train(c, given):
         enter(model, phase)
         if c.compile:
             compile_model(model)
-        ddp = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if RANKS > 1 else model   # knows the blocks of this phase only
+        ddp = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if RANKS > 1 else model    # blind to blocks appended later
         optimizer = make_optimizer(model, c, later=at['phase'] > 0 or bool(c.grow_from))
         if at['step']:
             optimizer.load_state_dict(ckpt['optimizer'])
@@ -899,10 +898,8 @@ def configure(argv):
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(nargs='+') if f.type is tuple else
                 dict(choices=allowed) if f.type is str and allowed else dict(type=f.type))
         parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=help, **kind)
-    given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
     for f in flags:
-        if f.name in given and f.type is tuple:
-            given[f.name] = tuple(given[f.name])
         if f.name in given and f.type in (int, float):
             low, high = f.metadata['allowed']
             if not low <= given[f.name] <= high:
@@ -939,7 +936,8 @@ def main(argv=None):
     """The command line: plan, sample, compare experts, or train."""
     if RANK:
         sys.stdout = io.StringIO()
-        join()                                       # what rank 0 refuses, no other process gets to see
+        if not {'-h', '--help'} & set(sys.argv):
+            join()                                   # what rank 0 refuses, no other process gets to see
     c, given = configure(argv)
     comparing = c.moe and not c.tune_heads and not c.resume
     if RANKS > 1 and (c.plan or c.sample is not None or comparing):
@@ -957,7 +955,9 @@ def main(argv=None):
         handler = signal.getsignal(signal.SIGINT)
         try:
             out = train(c, given)
-        except RuntimeError as error:                # of a GPU's allocator, or of the CPU's
+        except RuntimeError as error:                # of gloo, of a GPU's allocator, or of the CPU's
+            if 'by peer' in str(error):
+                raise UserError('another process has ended, and so does this one: the reason is in what that one printed') from None
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise UserError('out of memory: start again, or go on with --resume, with a smaller --micro_batch') from None

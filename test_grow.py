@@ -1181,7 +1181,7 @@ def test_killed_with_two_processes_and_resumed_with_one(here, capsys):
     ('args[0].module.head.bias.data.fill_(float("nan"))', ['not finite', 'grow 2, step 3', 'latest.pt'])])
 def test_a_process_that_ends_early_ends_the_others(here, what, words):
     status, _, error = torchrun(flags(out='run', micro_batch=2, save_every=0), f'if grow.RANK == 1: {what}', at=13)
-    assert status == 1 and all(word in error for word in words) and error.count('error: ') <= 1, error
+    assert status == 1 and all(word in error for word in words) and '[rank' not in error, error     # no traceback but torchrun's
     assert grow.load('run')['at']['global_step'] == 12
     for k in (0, 1):
         with pytest.raises(ProcessLookupError):
