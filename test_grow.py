@@ -1153,7 +1153,7 @@ def close(a, b, tolerance=1e-5):
     for x, y in zip(a['at']['history'], b['at']['history'], strict=True):
         assert x['phase'] == y['phase'] and abs(x['val_loss'] - y['val_loss']) <= tolerance, (x, y)
     for name, tensor in a['model'].items():
-        assert torch.allclose(tensor, b['model'][name], rtol=0, atol=100 * tolerance), name
+        assert torch.allclose(tensor, b['model'][name], rtol=0, atol=10 * tolerance), name
 
 
 def test_two_processes_train_like_one(here):
