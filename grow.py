@@ -13,6 +13,7 @@ readjust all frozen blocks within the same budget and are merged away; models gr
     python grow.py --sample "The default value"         # continue a text with the newest model
     python grow.py --grow_from out/001 --layers 12      # grow a finished model deeper
     python grow.py --moe out/001 out/002 --data a b     # average the logits of two experts, compare them on two data sets
+    torchrun --nproc_per_node 2 grow.py                 # train by two processes: the same batches, each half of their rows
 
 It is not a fast path to a good chat model, and it reads no checkpoint of the paper's authors.
 """
@@ -20,6 +21,8 @@ It is not a fast path to a good chat model, and it reads no checkpoint of the pa
 import argparse
 import ctypes
 import dataclasses
+import io
+import itertools
 import math
 import os
 import shutil
@@ -63,7 +66,7 @@ class Config:
     data: tuple = opt(('stdlib',), 'data sets in data/, made by prepare_data.py; several are mixed in whole-number proportions: ru:3 en:1')
     stage_tokens: int = opt(None, 'training tokens of a stage; the default never exceeds four epochs in all', 1, 10**12)
     batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
-    micro_batch: int = opt(None, 'sequences that pass the model at once; gradients add up over the rest of the batch', 1, 10**5)
+    micro_batch: int = opt(None, 'sequences that pass the model of a process at once; gradients add up over the rest of the batch', 1, 10**5)
     lr: float = opt(None, 'peak learning rate of the blocks', 1e-8, 1)
     head_lr: float = opt(None, 'peak learning rate of the output layer in the first phase', 1e-8, 1)
     head_lr_later: float = opt(None, 'the same in every later phase, where it starts warm', 1e-8, 1)
@@ -467,12 +470,34 @@ def compare_experts(c):
     table(rows)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun, which numbers them in the environment. Each holds the whole model and takes its share of the
+# rows of every global batch; gradients are averaged. Rank 0 goes first, and it alone speaks and writes.
+
+RANK, RANKS, LOCAL_RANK = (int(os.environ.get(name, alone)) for name, alone in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+
+def join():
+    """Meets the other processes, once: whoever comes first waits. Rank 0 comes when flags, data and tables are checked or made."""
+    if RANKS > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+
+def over_ranks(number):
+    """The sum of a number over all processes: all see the same, and so decide alike. They wait for one another here."""
+    if RANKS == 1:
+        return number
+    torch.distributed.all_reduce(total := torch.tensor(number, dtype=torch.float64))
+    return total.item()
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Device, optimiser, schedule
 
 def set_up(c):
     """Chooses precision and compilation where the user did not, prints them, and returns the context of mixed precision."""
-    if not dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())[c.device]:
-        raise UserError(f'this machine, or this build of torch, has no {c.device}: leave out --device, or give --device cpu', status=2)
+    if not dict(cpu=True, cuda=torch.cuda.device_count() > LOCAL_RANK, mps=torch.backends.mps.is_available() and RANKS == 1)[c.device]:
+        every = ' for every process: start fewer' if RANKS > 1 else ': leave out --device'
+        raise UserError(f'this machine, or this build of torch, has no {c.device}{every}, or give --device cpu', status=2)
+    if c.device == 'cuda':
+        torch.cuda.set_device(LOCAL_RANK)
+        assert torch.backends.cuda.flash_sdp_enabled(), 'flash attention is off: call torch.backends.cuda.enable_flash_sdp(True)'
     if c.dtype == 'auto':
         native = torch.cuda.is_bf16_supported() if c.device == 'cuda' else native_bf16() if c.device == 'cpu' else False
         c.dtype = 'bfloat16' if native else 'float32'
@@ -487,7 +512,7 @@ def set_up(c):
     torch.use_deterministic_algorithms(c.device == 'cuda', warn_only=True)      # the same losses again, on one device
     torch.utils.deterministic.fill_uninitialized_memory = False
     name = torch.cuda.get_device_name() if c.device == 'cuda' else f'{torch.get_num_threads()} threads'
-    print(f'device {c.device} ({name}), {c.dtype}, {"compiled" if c.compile else "eager"}, torch {torch.__version__}')
+    print(f'device {f"{RANKS} x " if RANKS > 1 else ""}{c.device} ({name}), {c.dtype}, {"compiled" if c.compile else "eager"}, torch {torch.__version__}')
     return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == 'bfloat16')
 
 def native_bf16():
@@ -500,6 +525,7 @@ def compile_model(model):
     torch._dynamo.config.recompile_limit = 1000      # frozen or not, with gradient or not, three for every rank: more than the usual 8
     torch._dynamo.config.accumulated_recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True                          # never fall back to eager in silence
+    torch._dynamo.config.optimize_ddp = False        # would cut a block's graph where a bucket of gradients ends; blocks are small enough
     for block in model.blocks:
         block.compile(dynamic=False)
     model.slices = tuple(torch.compile(f, dynamic=False) for f in (slice_logsumexp, slice_gradients))
@@ -588,6 +614,8 @@ def open_out(c):
     number = 1 + max((int(p.name) for p in Path('out').glob('*') if p.name.isdecimal()), default=0)
     c.out = c.out or (newest_out() if c.resume else f'out/{number:03d}')
     out = Path(c.out)
+    if RANK:
+        return out, None                             # rank 0 has the lock
     if c.resume and not (out / 'latest.pt').exists():
         raise UserError(f'{out} holds no checkpoint to resume: leave out --resume to start there')
     out.mkdir(parents=True, exist_ok=True)
@@ -612,17 +640,17 @@ def newest_out():
 
 @torch.no_grad()
 def evaluate(model, dataset, c, amp):
-    """Mean loss in nats over the first c.eval_tokens of the val split: fixed sequences, fixed order. The last batch is filled up with
-    targets that do not count, so that every batch has one shape."""
+    """Mean loss in nats over the first c.eval_tokens of the val split: fixed sequences, fixed order; every process takes its share of
+    the batches. The last one is filled up with targets that do not count, so that every batch has one shape."""
     total = tokens = 0
-    for idx, targets in prepare_data.val_batches(dataset, c.context, c.micro_batch, c.eval_tokens):
+    for idx, targets in itertools.islice(prepare_data.val_batches(dataset, c.context, c.micro_batch, c.eval_tokens), RANK, None, RANKS):
         missing = c.micro_batch - len(idx)
         idx, targets = F.pad(idx, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=-100)
         with amp:
             loss = model(idx.to(c.device), targets.to(c.device))[1]
         tokens += (valid := (targets != -100).sum().item())
         total += loss.item() * valid
-    return total / tokens
+    return over_ranks(total) / over_ranks(tokens)
 
 def in_units(loss, dataset):
     """A loss in nats a token -> the three units in which it is read."""
@@ -660,27 +688,30 @@ COLUMNS = 'phase stage step tokens seconds train_loss val_loss lr active_params 
 LOG_EVERY = 10   # steps
 
 def train_step(model, optimizer, batches, step, c, amp):
-    """One optimiser step on global batch number `step`. Returns (loss, gradient norm); a loss or norm that is not finite changes nothing."""
-    idx, targets = (x.to(c.device, non_blocking=True) for x in batches.batch(step))
+    """One optimiser step on global batch number `step`. Returns (loss, gradient norm); a loss or norm that is not finite changes nothing.
+    With several processes, `model` is in DistributedDataParallel, and both are those of the whole batch: all processes have as many tokens."""
+    batch = batches.batch(step, rows=slice(RANK, None, RANKS))
+    idx, targets = ((x.pin_memory() if c.device == 'cuda' else x).to(c.device, non_blocking=True) for x in batch)
     micro_batches, loss = len(idx) // c.micro_batch, 0.0
-    for x, t in zip(idx.split(c.micro_batch), targets.split(c.micro_batch)):
+    for k, (x, t) in enumerate(zip(idx.split(c.micro_batch), targets.split(c.micro_batch)), start=1):
+        model.require_backward_grad_sync = k == micro_batches     # for DDP, as its no_sync() does: average the gradients once a step
         with amp:
             part = model(x, t)[1] / micro_batches
         part.backward()
         loss += part.detach()
-    trainable = [p for group in optimizer.param_groups for p in group['params']]
-    norm = torch.nn.utils.clip_grad_norm_(trainable, c.clip)
-    loss, norm = loss.item(), norm.item()
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], c.clip).item()
+    loss = over_ranks(loss.item()) / RANKS
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
-RUNTIME = {'out', 'resume', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # what a resumed run may change
+RUNTIME = {'out', 'resume', 'micro_batch', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # what a resumed run may change
 
 def machine(c):
     """What a trajectory depends on besides config and data. A resumed run says so when it differs."""
-    return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=c.device, dtype=c.dtype, compile=c.compile)
+    return dict(torch=str(torch.__version__), processes=RANKS, threads=torch.get_num_threads(), device=c.device, dtype=c.dtype, compile=c.compile,
+                micro_batch=c.micro_batch)
 
 def resumed_config(c, given, ckpt, path):
     """The config in the checkpoint, with what the flags may change. Other flags must agree with it."""
@@ -688,7 +719,16 @@ def resumed_config(c, given, ckpt, path):
     for name in given.keys() - RUNTIME:
         if given[name] != getattr(stored, name):
             raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
-    return dataclasses.replace(stored, **{name: getattr(c, name) for name in RUNTIME & given.keys() | {'out', 'resume'}})
+    return share_batch(dataclasses.replace(stored, **{name: getattr(c, name) for name in RUNTIME & given.keys() | {'out', 'resume'}}), given)
+
+def share_batch(c, given):
+    """Fits c.micro_batch, where it was not given, into the rows that one process takes of the global batch. -> c"""
+    if 'micro_batch' not in given:
+        c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context // RANKS)
+    if c.batch_tokens % (c.micro_batch * c.context * RANKS):
+        raise UserError(f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch {c.micro_batch} x --context {c.context}'
+                        + f' x {RANKS} processes' * (RANKS > 1), status=2)
+    return c
 
 def open_data(c):
     """--data -> (data sets, their whole-number weights). The text of the standard library is prepared on the spot: every machine has it."""
@@ -726,6 +766,7 @@ def train(c, given):
         c = resumed_config(c, given, ckpt, out)
         if ckpt['at']['phase'] == len(phases(c)):
             table(ckpt['at']['history'])
+            join()
             print(f'the run in {out} is finished: --sample shows what it says, --grow_from {out} grows it further')
             return out
     amp = set_up(c)
@@ -753,7 +794,8 @@ def train(c, given):
             print(f'growing on from the {c.born_layers} layers of {c.grow_from}')
     else:
         model = merge_experts(c) if c.moe else new_model(c, batches)
-    log = open(out / 'log.csv', 'a', buffering=1)     # line by line, for whoever looks on
+    join()
+    log = io.StringIO() if RANK else open(out / 'log.csv', 'a', buffering=1)      # line by line, for whoever looks on
     at['log_bytes'] = min(at['log_bytes'], log.tell())
     log.truncate(at['log_bytes'])                     # rows after the checkpoint are about to be written again
     if not at['log_bytes']:
@@ -766,8 +808,10 @@ def train(c, given):
     def save_as(name, **more):
         log.flush()
         at['log_bytes'] = log.tell()
-        save(out / name, config=dataclasses.asdict(c), **parts(model), model=model.state_dict(), tokenizer=tokenizer_fingerprint(),
-             data=fingerprint, machine=machine(c), at=at, **more)
+        if not RANK:
+            save(out / name, config=dataclasses.asdict(c), **parts(model), model=model.state_dict(), tokenizer=tokenizer_fingerprint(),
+                 data=fingerprint, machine=machine(c), at=at, **more)
+        over_ranks(0)                                 # the others wait for the file
 
     def result(name, val, speed):
         at['history'].append(dict(phase=name, stage=phase.stage, layers=len(model.blocks), rank=phase.rank, **sizes,
@@ -786,6 +830,7 @@ def train(c, given):
         enter(model, phase)
         if c.compile:
             compile_model(model)
+        ddp = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if RANKS > 1 else model    # blind to blocks appended later
         optimizer = make_optimizer(model, c, later=at['phase'] > 0 or bool(c.grow_from))
         if at['step']:
             optimizer.load_state_dict(ckpt['optimizer'])
@@ -803,10 +848,11 @@ def train(c, given):
         while at['step'] < phase.steps:
             for group in optimizer.param_groups:
                 group['lr'] = group['peak'] * lr_factor(c, at['step'], phase.steps)
-            loss, norm = train_step(model, optimizer, batches, at['global_step'], c, amp)
+            loss, norm = train_step(ddp, optimizer, batches, at['global_step'], c, amp)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(f'loss {loss}, gradient norm {norm} in {phase.kind} {phase.stage}, step {at["step"] + 1}: not finite, so nothing '
-                                f'was updated; {out}/latest.pt holds the last good state; start again with a lower --lr')
+                raise SystemExit(1) if RANK else UserError(
+                    f'loss {loss}, gradient norm {norm} in {phase.kind} {phase.stage}, step {at["step"] + 1}: not finite, so nothing '
+                    f'was updated; {out}/latest.pt holds the last good state; start again with a lower --lr')
             at.update(step=at['step'] + 1, global_step=at['global_step'] + 1, seconds=at['seconds'] + time.monotonic() - clock)
             left -= 1
             if at['step'] % LOG_EVERY == 0 or at['step'] == phase.steps:
@@ -815,12 +861,13 @@ def train(c, given):
                 log_row(train_loss=f'{loss:.5f}', lr=f'{lr:.3e}', tokens_per_s=f'{speed:.0f}')
                 print(f'{phase.kind} {phase.stage} | step {at["step"]:5d}/{phase.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.3f} | '
                       f'{speed:9,.0f} tok/s | {clock_time(left * c.batch_tokens / speed)} left', flush=True)
-            if stop or time.monotonic() - saved > 60 * c.save_every:
+            due = over_ranks(2 * len(stop) + (not RANK and time.monotonic() - saved > 60 * c.save_every))    # one clock, any Ctrl-C
+            if due:
                 save_as('latest.pt', optimizer=optimizer.state_dict())
                 saved = time.monotonic()
-                if stop:
+                if due > 1:
                     print(f'stopped: go on with --resume --out {out}')
-                    raise KeyboardInterrupt
+                    raise SystemExit(130) if RANK else KeyboardInterrupt
             clock = time.monotonic()                  # checkpoints and evaluation do not count
 
         # ---- its result
@@ -836,7 +883,10 @@ def train(c, given):
         at.update(phase=at['phase'] + 1, step=0)
         save_as(f'stage_{phase.stage}.pt')            # after a LoRA phase once more
         save_as('latest.pt', optimizer=None)
-    report(model, at, batches, c, amp)
+    if RANKS > 1:
+        torch.distributed.destroy_process_group()
+    if not RANK:
+        report(model, at, batches, c, amp)
     return out
 
 def clock_time(seconds):
@@ -878,10 +928,8 @@ def configure(argv):
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(nargs='+') if f.type is tuple else
                 dict(choices=allowed) if f.type is str and allowed else dict(type=f.type))
         parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=help, **kind)
-    given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
     for f in flags:
-        if f.name in given and f.type is tuple:
-            given[f.name] = tuple(given[f.name])
         if f.name in given and f.type in (int, float):
             low, high = f.metadata['allowed']
             if not low <= given[f.name] <= high:
@@ -900,12 +948,9 @@ def configure(argv):
         c.context = min(load(path)['config']['context'] for path in c.moe)
     if 'batch_tokens' not in given:                  # whole sequences
         c.batch_tokens = max(1, c.batch_tokens // c.context) * c.context
-    if 'micro_batch' not in given:
-        c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context)
+    share_batch(c, given)
     for wrong, message in (
             (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
-            (c.batch_tokens % (c.micro_batch * c.context),
-             f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch {c.micro_batch} x --context {c.context}'),
             (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.monolithic and (given.get('lora', 'none') != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
             (c.lora_stages != 'all' and not all(s.isdecimal() for s in c.lora_stages.split(',')), f'--lora_stages {c.lora_stages} must be all, or numbers like 2,3'),
@@ -919,13 +964,20 @@ def configure(argv):
 @cli
 def main(argv=None):
     """The command line: plan, sample, compare experts, or train."""
+    if RANK:
+        sys.stdout = io.StringIO()
+        if not {'-h', '--help'} & set(sys.argv):
+            join()                                   # what rank 0 refuses, no other process gets to see
     c, given = configure(argv)
+    comparing = c.moe and not c.tune_heads and not c.resume
+    if RANKS > 1 and (c.plan or c.sample is not None or comparing):
+        raise UserError('--plan, --sample and comparing experts want one process: start them by python, not by torchrun', status=2)
     if c.plan:
         print_plan(c)
     elif c.sample is not None:
         amp, model = set_up(c), merge_experts(c) if c.moe else load_model(c.out or newest_out(), c.device)
         print(c.sample + sample(model, c.sample, c, amp))
-    elif c.moe and not c.tune_heads and not c.resume:
+    elif comparing:
         compare_experts(c)
     else:
         if c.device == 'cpu' and not c.resume:
@@ -933,6 +985,12 @@ def main(argv=None):
         handler = signal.getsignal(signal.SIGINT)
         try:
             out = train(c, given)
+        except RuntimeError as error:                # of gloo, of a GPU's allocator, or of the CPU's
+            if 'by peer' in str(error):
+                raise UserError('another process has ended, and so does this one: the reason is in what that one printed') from None
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise UserError('out of memory: start again, or go on with --resume, with a smaller --micro_batch') from None
         finally:
             signal.signal(signal.SIGINT, handler)
         print(f'\nsaved in {out}; continue any text with: python grow.py --out {out} --sample "The default value"')

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -807,7 +808,7 @@ def test_it_overfits_one_batch():
     grow.enter(model, grow.Phase('grow', 1, 2, 2, 20))
     optimizer = grow.make_optimizer(model, c)
     one = (ids(4, 16), ids(4, 16, seed=1))
-    batches = type('OneBatch', (), dict(batch=lambda self, step: one))()
+    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
     losses = [grow.train_step(model, optimizer, batches, k, c, torch.autocast('cpu', enabled=False))[0] for k in range(20)]
     assert losses[-1] < 0.5 < 10 < losses[0]
 
@@ -823,7 +824,7 @@ def test_accumulation_equals_one_large_batch(here):
 def test_same_seed_same_run_and_monolithic_sees_the_same_batches(here, monkeypatch):
     seen = []
     original = prepare_data.Batches.batch
-    monkeypatch.setattr(prepare_data.Batches, 'batch', lambda self, step: seen.append(original(self, step)) or seen[-1])
+    monkeypatch.setattr(prepare_data.Batches, 'batch', lambda self, step, rows=slice(None): seen.append(original(self, step, rows)) or seen[-1])
     grow.main(flags(out='a'))
     grow.main(flags(out='b'))
     grow.main(flags(out='c', monolithic=True))
@@ -1140,6 +1141,103 @@ def test_checkpoint_carries_its_table(here, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+WORKER = '''
+import os, signal, sys
+sys.path.insert(0, {repo!r})
+import grow
+original, calls = grow.train_step, []
+open('pid%d' % grow.RANK, 'w').write(str(os.getpid()))
+def step(*args):
+    calls.append(1)
+    if len(calls) == {at}:
+        {what}
+    return original(*args)
+grow.train_step = step
+grow.main()
+'''
+
+
+def torchrun(argv, what='pass', at=0, processes=2):
+    """Runs grow.main(argv) in several processes; what[at] happens in each before its step number `at`. -> status, stdout, stderr"""
+    Path('worker.py').write_text(WORKER.format(repo=str(REPO), what=what, at=at))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), 'worker.py', *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    return done.returncode, done.stdout, done.stderr
+
+
+def close(a, b, tolerance=1e-5):
+    """Two runs end alike: losses in log and history, weights in the checkpoint."""
+    (a, b), logs = map(grow.load, (a, b)), [Path(run, 'log.csv').read_text().splitlines() for run in (a, b)]
+    for x, y in zip(*logs, strict=True):
+        for name, u, v in zip(grow.COLUMNS, x.split(','), y.split(','), strict=True):
+            assert u == v or name in ('seconds', 'tokens_per_s') or name.endswith('loss') and abs(float(u) - float(v)) <= tolerance + 1e-5, (x, y)
+    for x, y in zip(a['at']['history'], b['at']['history'], strict=True):
+        assert x['phase'] == y['phase'] and abs(x['val_loss'] - y['val_loss']) <= tolerance, (x, y)
+    for name, tensor in a['model'].items():
+        assert torch.allclose(tensor, b['model'][name], rtol=0, atol=10 * tolerance), name
+
+
+def test_two_processes_train_like_one(here):
+    """Stages and a LoRA phase; each process adds gradients up over two micro-batches before they are averaged."""
+    words = dict(**LORA, lora_stages=2, micro_batch=1)
+    grow.main(flags(out='one', **words))
+    status, text, error = torchrun(flags(out='two', **words))
+    assert status == 0 and text.count('lora 2: val loss') == text.count('saved in two') == 1, error
+    close('one', 'two')
+
+
+def test_killed_with_two_processes_and_resumed_with_one(here, capsys):
+    """Killed in stage 2; here each process passes its rows at once."""
+    grow.main(flags(out='whole', micro_batch=2))
+    status, _, error = torchrun(flags(out='cut', micro_batch=2, save_every=0), 'os.kill(os.getpid(), signal.SIGKILL)', at=15)
+    assert status and grow.load('cut')['at']['global_step'] == 14, error
+    grow.main(['--resume', '--out', 'cut'])
+    assert 'not to the same bits' in capsys.readouterr().out
+    close('whole', 'cut')
+
+
+@pytest.mark.parametrize('what, words', [
+    ('os.kill(os.getpid(), signal.SIGKILL)', ['SIGKILL']),
+    ('raise grow.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")', ['error: out of memory', '--micro_batch']),
+    ('args[0].module.head.bias.data.fill_(float("nan"))', ['not finite', 'grow 2, step 3', 'latest.pt'])])
+def test_a_process_that_ends_early_ends_the_others(here, what, words):
+    status, _, error = torchrun(flags(out='run', micro_batch=2, save_every=0), f'if grow.RANK == 1: {what}', at=13)
+    assert status == 1 and all(word in error for word in words) and '[rank' not in error, error     # no traceback but torchrun's
+    assert grow.load('run')['at']['global_step'] == 12
+    for k in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(Path(f'pid{k}').read_text()), 0)
+
+
+def test_ctrl_c_stops_all_processes_after_the_same_step(here):
+    status, text, error = torchrun(flags(out='run', micro_batch=2), 'if grow.RANK == 1: os.kill(os.getpid(), signal.SIGINT)', at=13)
+    assert status and 'stopped: go on with --resume' in text, error
+    assert grow.load('run')['at']['global_step'] == 13
+
+
+def test_what_several_processes_cannot_do(here, capsys, monkeypatch):
+    monkeypatch.setattr(grow, 'RANKS', 3)
+    fails(capsys, flags(plan=True), '--micro_batch', '3 processes', status=2)
+    monkeypatch.setattr(grow, 'RANKS', 2)
+    fails(capsys, flags(plan=True, micro_batch=2), '--plan', 'one process', status=2)
+    fails(capsys, flags(sample='x', micro_batch=2), '--sample', 'one process', status=2)
+
+
+@pytest.mark.parametrize('error', [lambda: torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), lambda: torch.empty(2**60)])
+def test_out_of_memory_is_one_sentence(here, capsys, monkeypatch, error):
+    def full(*args):
+        raise error()
+    monkeypatch.setattr(grow, 'train_step', full)
+    fails(capsys, flags(out='run'), 'out of memory', '--micro_batch')
+    monkeypatch.undo()
+    os.chdir(here)
+    grow.main(['--resume', '--out', 'run', '--micro_batch', '1'])
+    assert grow.load('run')['at']['global_step'] == 30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Compilation
 
 
@@ -1215,10 +1313,10 @@ def test_contradicting_resume_is_refused(here, capsys):
 def test_nan_stops_and_keeps_the_last_good_checkpoint(here, capsys, monkeypatch):
     original = prepare_data.Batches.batch
 
-    def poison(self, step):
+    def poison(self, step, rows=slice(None)):
         if step == 5:
             model[0].head.bias.data[7] = float('nan')
-        return original(self, step)
+        return original(self, step, rows)
     model, new_model = [], grow.new_model
     monkeypatch.setattr(grow, 'new_model', lambda *args: model.append(new_model(*args)) or model[0])
     monkeypatch.setattr(prepare_data.Batches, 'batch', poison)
@@ -1818,7 +1916,7 @@ def test_cuda_twenty_steps_at_paper_size(here):
     grow.compile_model(model)
     optimizer = grow.make_optimizer(model, c)
     one = (ids(16, 1024), ids(16, 1024, seed=1))
-    batches = type('OneBatch', (), dict(batch=lambda self, step: one))()
+    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
     torch.cuda.reset_peak_memory_stats()
     losses = [grow.train_step(model, optimizer, batches, k, c, amp)[0] for k in range(5)]
     torch.cuda.synchronize()
