@@ -188,7 +188,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, g):
         h, x, weight, bias, targets, counted, logsumexp = ctx.saved_tensors
         g = g * counted                                                                                   # N
-        to_h, to_weight, to_bias = -g[:, None] * weight[targets], torch.empty_like(weight), torch.empty_like(bias)
+        to_h, to_weight, to_bias = -g[:, None] * weight[targets], torch.empty_like(weight), torch.empty_like(bias)      # less the one-hot
         for first in range(0, len(bias), SLICE):
             at = slice(first, first + SLICE)
             part, to_weight[at], to_bias[at] = ctx.slice_gradients(x, weight[at], bias[at], logsumexp, g)
@@ -211,7 +211,8 @@ class GrowingTransformer(nn.Module):
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
         self.slices = slice_logsumexp, slice_gradients                                                    # compiled below
-        # Rows of length 1 become elements of about 1 (our choice: far better than rows of 1); the bits of the code are 0 and 1 already
+        # Rows of length 1 become elements of about 1, which learns far faster (our choice; a learned table, born at 0.02, is scaled alike, as
+        # in the first transformer, and a file's rows should have length 1 too). The bits of the code are 0 and 1 already.
         self.scale = 1.0 if interface.name == 'binary' else math.sqrt(config.d_model)
 
     def append(self, count):
@@ -353,8 +354,9 @@ def count(parameters, active=False):
     return sum(p.numel() for p in parameters if p.requires_grad or not active)
 
 def flops_per_token(c, phase):
-    """Training FLOPs a token, (blocks, head): 2 a multiply-add, attention causal. A trained block costs its forward pass and twice
-    as much backward; a frozen one its forward pass; one with adapters also the way back through it, and the adapters."""
+    """Training FLOPs a token, (blocks, head): 2 a multiply-add, attention causal. A trained block costs its forward pass and twice as much
+    backward; a frozen one its forward pass; one with adapters also the way back through it, and the adapters. (HeadLoss computes its
+    logits twice, a third more than is counted.)"""
     matrices, attention = 2 * 12 * c.d_model**2, 2 * c.context * c.d_model
     frozen = matrices + attention
     if phase.rank:
@@ -499,7 +501,7 @@ def set_up(c):
         torch.cuda.set_device(LOCAL_RANK)
         assert torch.backends.cuda.flash_sdp_enabled(), 'flash attention is off: call torch.backends.cuda.enable_flash_sdp(True)'
     if c.dtype == 'auto':
-        native = torch.cuda.is_bf16_supported() if c.device == 'cuda' else native_bf16() if c.device == 'cpu' else False
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if c.device == 'cuda' else native_bf16() if c.device == 'cpu' else False
         c.dtype = 'bfloat16' if native else 'float32'
     compiler = c.device == 'cuda' or any(map(shutil.which, ('c++', 'g++', 'clang++'))) and os.path.exists(sysconfig.get_path('include') + '/Python.h')
     if c.compile and not compiler:
@@ -697,7 +699,8 @@ def train_step(model, optimizer, batches, step, c, amp):
         model.require_backward_grad_sync = k == micro_batches     # for DDP, as its no_sync() does: average the gradients once a step
         with amp:
             part = model(x, t)[1] / micro_batches
-        part.backward()
+        with torch.autograd.set_multithreading_enabled(False):    # in this thread, whose compiler settings are those of compile_model
+            part.backward()
         loss += part.detach()
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], c.clip).item()
     loss = over_ranks(loss.item()) / RANKS
@@ -866,7 +869,7 @@ def train(c, given):
                 save_as('latest.pt', optimizer=optimizer.state_dict())
                 saved = time.monotonic()
                 if due > 1:
-                    print(f'stopped: go on with --resume --out {out}')
+                    print(f'stopped: go on with --resume --out {out}', flush=True)
                     raise SystemExit(130) if RANK else KeyboardInterrupt
             clock = time.monotonic()                  # checkpoints and evaluation do not count
 
@@ -970,6 +973,8 @@ def main(argv=None):
             join()                                   # what rank 0 refuses, no other process gets to see
     c, given = configure(argv)
     comparing = c.moe and not c.tune_heads and not c.resume
+    if RANKS > 1 and c.resume and not c.out:
+        raise UserError('several processes need to be told which run to go on with: give --out beside --resume', status=2)
     if RANKS > 1 and (c.plan or c.sample is not None or comparing):
         raise UserError('--plan, --sample and comparing experts want one process: start them by python, not by torchrun', status=2)
     if c.plan:

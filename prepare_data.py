@@ -195,7 +195,7 @@ def parquet_documents(path):
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:     # with a buffer it reads page by page, not whole row groups
             for batch in file.iter_batches(256, columns=['text']):
                 yield from batch['text'].cast('string').to_pylist()
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:     # ValueError: not UTF-8
         reason = str(error).partition('\n')[0]
         raise UserError(f'{path} is damaged or has no column "text" of strings ({reason}); remove it and get it again') from None
 
@@ -302,8 +302,8 @@ def prepare(name, documents, source, root='data'):
     return prepare_parts(name, [contextlib.nullcontext(documents)], source, root)
 
 def prepare_parts(name, parts, source, root='data', limit=None):
-    """Like `prepare`, from a list of context managers that each give an iterable of strings. A part is left when its shards are on the disk,
-    then meta.json says so: when a call was stopped, the next one goes on after the last whole part and ends in the same bytes. `limit`: stop
+    """Like `prepare`, from a list of context managers that each give an iterable of strings. A part is left when its shards are on the disk
+    and meta.json says so: when a call was stopped, the next one goes on after the last whole part and ends in the same bytes. `limit`: stop
     after the first document with which there are so many training tokens, and SMALLEST validation tokens. Raises UserError."""
     folder, start = Path(root) / name, time.time()
     if not re.fullmatch(r'\w[\w.-]*', name):
@@ -344,9 +344,9 @@ def prepare_parts(name, parts, source, root='data', limit=None):
                 print(file=sys.stderr)
                 train.flush()
                 val.flush()
-            meta['parts'] += 1
-            with replacing(record) as path:
-                path.write_text(json.dumps(meta, indent=1))
+                meta['parts'] += 1
+                with replacing(record) as path:
+                    path.write_text(json.dumps(meta, indent=1))
         if min(meta['train_tokens'], meta['val_tokens']) < SMALLEST:
             record.unlink(missing_ok=True)
             raise UserError(f'{meta["documents"]} documents give {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens, '
@@ -369,10 +369,11 @@ def prepare_corpus(corpus, root='data', name=None, limit=None, keep_raw=False, m
         yield documents_of(path, split_line='')        # a play is split into its speeches: of its 68 pieces of 16 KiB none is held out
         if not keep_raw:
             path.unlink()
-            with contextlib.suppress(OSError):         # there may be other files
-                raw.rmdir()
-    return prepare_parts(name or corpus, [documents(address.format(i)) for i in range(count)],
+    meta = prepare_parts(name or corpus, [documents(address.format(i)) for i in range(count)],
                          f'{address.rpartition("/")[0]}/, files: {count}', root, limit)
+    if not keep_raw:                                   # with what a kill may have left between record and removal
+        shutil.rmtree(raw, ignore_errors=True)
+    return meta
 
 def prepare_stdlib(root='data'):
     """Writes the data set root/stdlib; returns its meta."""

@@ -745,8 +745,23 @@ def test_loss_in_slices_equals_cross_entropy(monkeypatch, size):
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert torch.allclose(found[name], p.grad, atol=1e-6), name
+    model.zero_grad()
     with torch.autocast('cpu', torch.bfloat16):
-        assert abs(model(idx, targets)[1].item() - reference.item()) < 0.02
+        loss = model(idx, targets)[1]
+    (3 * loss).backward()
+    assert abs(loss.item() - reference.item()) < 0.02
+    for name in ('head.weight', 'head.bias', 'norm.weight'):
+        got = model.get_parameter(name).grad
+        assert (got - found[name]).norm() < 0.02 * found[name].norm(), name
+
+
+def test_the_interface_enters_with_elements_of_about_one():
+    seen = []
+    for name in ('unicode', 'random', 'binary'):
+        model = model_of(config(substrate=name, d_model=64))
+        model.blocks[0].register_forward_hook(lambda module, args, y: seen.append(args[0]))
+        model(torch.arange(0x20, 0x60).reshape(4, 16))
+    assert all(0.9 < x.square().mean().sqrt() < 1.1 for x in seen[:2]) and set(seen[2].unique().tolist()) == {0, 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def verdicts(rows, rate):
     for what, value, target, better in (
             ('share of the matmul rate, monolithic', mono['flops'] / rate, 0.70, 'at least'),
             ('tokens/s against the peer, both as in training', mono['tokens_per_s'] / peer['tokens_per_s'], 1.0, 'at least'),
-            ('tokens/s against the peer, eager and float32', mono['tokens_per_s'] / rows['peer, eager float32']['tokens_per_s'], 3.0, 'at least'),
+            ('tokens/s (compiled, as in training) against the peer as it starts on a CPU, eager and float32', mono['tokens_per_s'] / rows['peer, eager float32']['tokens_per_s'], 3.0, 'at least'),
             (f'speed-up of a grown last stage ({speedup:.2f}) against what its FLOPs predict ({predicted:.2f})', speedup / predicted, 0.95, 'at least'),
             ('its peak memory above the weights against monolithic', last['peak'] / mono['peak'], 0.75, 'at most')):
         met = value >= target if better == 'at least' else value <= target
