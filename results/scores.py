@@ -4,7 +4,7 @@
     python results/scores.py --data DIR out/grown out/ru/latest.pt out/zh/latest.pt out/ru+out/zh       # one checkpoint; a merge
 
 What has been scored since its checkpoint was written is skipped, so stop it and start it again at will.
-Writes results/scores.csv, .txt (the same as a table) and .png.
+Writes results/scores.csv, .txt (the same as a table) and .png, or others by --out.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def row_of(name, found):
                 uncut=eval_mmlu.percent(left[main]) if left['n'] else '', padding=f'{summary["padding"]:.1%}', seconds=round(summary['seconds']))
 
 
-def plot(rows):
+def plot(rows, target):
     """A panel a task: score over depth with one standard error; models with more than one depth are joined, chance is dashed."""
     import matplotlib
     matplotlib.use('Agg')                              # draws into files, needs no screen
@@ -78,7 +78,7 @@ def plot(rows):
     axes[0][0].set_ylabel('percent')
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=7, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    with replacing(HERE / 'scores.png') as path:
+    with replacing(target) as path:
         figure.savefig(path, dpi=130, format='png')
 
 
@@ -87,6 +87,7 @@ def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('models', nargs='+', metavar='MODEL', help='folder of a run: all its stages; a checkpoint; or several joined by +: their merge')
     parser.add_argument('--data', metavar='DIR', help='as in eval_mmlu.py')
+    parser.add_argument('--out', metavar='PATH', type=Path, default=HERE / 'scores', help='of the table and picture, without an ending (results/scores)')
     parser.add_argument('--tasks', nargs='+', choices=list(MAIN), default=list(MAIN), help='(all)')
     a = parser.parse_intermixed_args(argv)
     try:
@@ -94,15 +95,15 @@ def main(argv=None):
     except ImportError:
         raise UserError('the picture needs matplotlib: pip install matplotlib') from None
     rows = [row_of(name, found) for task in a.tasks for model in a.models for name, found in scored(model, task, a.data)]
-    with replacing(HERE / 'scores.csv') as path, open(path, 'w', newline='') as f:
+    with replacing(a.out.with_suffix('.csv')) as path, open(path, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
     with contextlib.redirect_stdout(io.StringIO()) as table:
         grow.table(rows)
-    with replacing(HERE / 'scores.txt') as path:
+    with replacing(a.out.with_suffix('.txt')) as path:
         path.write_text(table.getvalue(), encoding='utf-8')
-    plot(rows)
+    plot(rows, a.out.with_suffix('.png'))
     print(table.getvalue())
 
 
