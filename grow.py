@@ -69,7 +69,7 @@ class Config:
     micro_batch: int = opt(None, 'sequences that pass the model of a process at once; gradients add up over the rest of the batch', 1, 10**5)
     lr: float = opt(None, 'peak learning rate of the blocks', 1e-8, 1)
     head_lr: float = opt(None, 'peak learning rate of the output layer in the first phase', 1e-8, 1)
-    head_lr_later: float = opt(None, 'the same in every later phase, where it starts warm', 1e-8, 1)
+    head_lr_later: float = opt(None, 'the same where it starts warm: in every later phase, and with --grow_from and --tune_heads', 1e-8, 1)
     warmup: int = opt(10, 'steps of linear warm-up in every phase; then a cosine to a tenth of the peak', 0, 10**6)
     weight_decay: float = opt(0.1, 'AdamW weight decay of matrices in blocks', 0, 1)
     clip: float = opt(1.0, 'largest gradient norm', 1e-6, 1e6)
@@ -834,7 +834,7 @@ def train(c, given):
         if c.compile:
             compile_model(model)
         ddp = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if RANKS > 1 else model    # blind to blocks appended later
-        optimizer = make_optimizer(model, c, later=at['phase'] > 0 or bool(c.grow_from))
+        optimizer = make_optimizer(model, c, later=at['phase'] > 0 or bool(c.grow_from or c.moe))
         if at['step']:
             optimizer.load_state_dict(ckpt['optimizer'])
         sizes = dict(active_params=count(model.parameters(), active=True), total_params=count(model.parameters()))

@@ -1063,7 +1063,7 @@ def test_experts_are_compared_on_every_data_set(experts, monkeypatch, capsys):
 
 def test_tuned_heads_move_alone_and_load_like_any_model(experts, monkeypatch, capsys):
     monkeypatch.chdir(experts)
-    words = ['--moe', 'a', 'd', '--data', 'stdlib:3', 'other:1', '--tune_heads', '640', '--batch_tokens', '64', '--eval_tokens', '256', '--head_lr', '0.01',
+    words = ['--moe', 'a', 'd', '--data', 'stdlib:3', 'other:1', '--tune_heads', '640', '--batch_tokens', '64', '--eval_tokens', '256', '--head_lr_later', '0.01',
              '--device', 'cpu', '--no-compile', '--dtype', 'float32', '--out']
     grow.main([*words, 'tuned'])
     text = capsys.readouterr().out
