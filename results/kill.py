@@ -45,7 +45,7 @@ def main():
             folder.mkdir()
             shutil.copytree(whole / 'data', folder / 'data')
             share = 0.10 + 0.85 * k / max(1, kills - 1)
-            run, left = start(folder, *flags), round(share * len(lines))
+            run, left = start(folder, *flags), max(1, int(share * len(lines)))
             while left and (line := run.stdout.readline()):
                 left -= 'tok/s' in line
             time.sleep(random.Random(k).random() * seconds / len(lines))
