@@ -10,7 +10,7 @@ and a meta.json. One token is one uint16, and every document is followed by the 
     python prepare_data.py fineweb-edu                              # ... cosmopedia, wikipedia-en, wikipedia-zh, shakespeare
     python prepare_data.py --check books                            # is every shard still what was written?
 
-Whatever stops it, the same command again goes on: with the download where it stopped, with the shards after the last whole file of the
+Whatever stops a download, the same command again goes on: with the download where it stopped, with the shards after the last whole file of the
 corpus. The shards come out the same, byte for byte, however often it was stopped and on however many cores it runs.
 
 The first half of this file writes; the second is what training reads with: `Dataset`, `Batches`, `val_batches`, and the n-gram baselines
@@ -200,6 +200,7 @@ def parquet_documents(path):
         raise UserError(f'{path} is damaged or has no column "text" of strings ({reason}); remove it and get it again') from None
 
 def ending(path):
+    """What the name of a file ends in, '.txt' for a.txt and for a.txt.gz."""
     return Path(path.name.removesuffix('.gz')).suffix
 
 def documents_of(path, split_line=None):

@@ -107,6 +107,7 @@ NAMED_IDS = range(0xE000, 0xE100)                     # 128 special tokens, 124 
 NGRAM_IDS = [*range(0xD800, 0xE000), *range(0xE100, 0xF900)]    # 8,192 places
 
 def id_order(gram):
+    """The sort key of n-grams by which they get their ids."""
     return -len(gram), gram                           # longest first, then by code point
 
 def read_ngrams(ngram_file=NGRAMS):
