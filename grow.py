@@ -54,7 +54,9 @@ class Config:
     # the model
     layers: int = opt(9, 'blocks of the finished model', 1, 1000)
     layers_per_stage: int = opt(3, 'blocks that a stage appends and trains; the last stage takes the remainder', 1, 1000)
+    overlap: int = opt(0, 'blocks below the new ones that a stage trains once more; they count in the budget', 0, 1000)
     monolithic: bool = opt(False, 'train all layers at once, on as many tokens: the baseline')
+    restarts: bool = opt(False, 'monolithic: begin optimiser and schedule anew where a grown run does')
     substrate: str = opt('unicode', 'token interface: unicode, binary, random, learned (the only one that trains), or a .npy or .pt file')
     d_model: int = opt(None, 'width', 16, 16384)
     heads: int = opt(None, 'attention heads; d_model / heads must be even', 1, 1024)
@@ -64,7 +66,8 @@ class Config:
     head_birth: str = opt('unigram', 'output layer: weights zero and bias = log frequency of each token; or random', 'unigram', 'random')
     # the training
     data: tuple = opt(('stdlib',), 'data sets in data/, made by prepare_data.py; several are mixed in whole-number proportions: ru:3 en:1')
-    stage_tokens: int = opt(None, 'training tokens of a stage; the default never exceeds four epochs in all', 1, 10**12)
+    stage_tokens: int = opt(None, 'training tokens of a stage (of the mean stage); the default never exceeds four epochs in all', 1, 10**12)
+    stage_ratio: float = opt(1.0, 'tokens of a stage over those of the stage below it', 0.01, 100)
     batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
     micro_batch: int = opt(None, 'sequences that pass the model of a process at once; gradients add up over the rest of the batch', 1, 10**5)
     lr: float = opt(None, 'peak learning rate of the blocks', 1e-8, 1)
@@ -310,23 +313,27 @@ class Phase:
 def phases(c):
     """The run as a list of phases. The monolithic baseline is one phase over all blocks with as many tokens in all."""
     depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
-    steps, plan, below = c.stage_tokens // c.batch_tokens, [], c.born_layers
+    plan, below, size = [], c.born_layers, c.layers_per_stage + c.overlap
     if c.moe:
         return [Phase('tune', 1, 0, 0, c.tune_heads // c.batch_tokens)]
-    for stage, depth in enumerate(depths, start=c.born_stage + 1):
-        plan.append(Phase('grow', stage, depth, depth - below, steps, c.lora_rank if c.lora == 'joint' and below else 0))
+    shares = [c.stage_ratio**k for k in range(len(depths))]
+    for stage, (depth, share) in enumerate(zip(depths, shares), start=c.born_stage + 1):
+        steps, trained = max(1, round(share * len(depths) / sum(shares) * (c.stage_tokens // c.batch_tokens))), min(depth, depth - below + c.overlap)
+        plan.append(Phase('grow', stage, depth, trained, steps, c.lora_rank if c.lora == 'joint' and trained < depth else 0))
         wanted = stage >= 2 if c.lora_stages == 'all' else str(stage) in c.lora_stages.split(',')
         if c.lora == 'interleaved' and wanted:
-            rank = c.layers_per_stage * (12 * c.d_model + 9) // (16 * depth)      # the largest with adapters <= a stage's blocks
+            rank = size * (12 * c.d_model + 9) // (16 * depth)      # the largest with adapters <= a stage's blocks
             if not rank:
                 raise UserError(f'--lora interleaved: not even rank 1 on {depth} blocks fits the budget; give more --layers_per_stage', status=2)
             plan.append(Phase('lora', stage, depth, 0, c.lora_tokens // c.batch_tokens, rank))
         below = depth
-    return [Phase('grow', 1, c.layers, c.layers, sum(p.steps for p in plan))] if c.monolithic else plan
+    if c.monolithic:
+        return [Phase('grow', p.stage, c.layers, c.layers, p.steps) for p in plan] if c.restarts else [Phase('grow', 1, c.layers, c.layers, sum(p.steps for p in plan))]
+    return plan
 
 def enter(model, phase):
     """Appends the phase's new blocks and adapters, and sets what trains: the topmost blocks, adapters on the others if any, the
-    final LayerNorm and the head. A `learned` interface trains in stage 1 (so all the time in a monolithic run), any other never."""
+    final LayerNorm and the head. A `learned` interface trains in stage 1 (and all the time in a monolithic run), any other never."""
     c = model.config
     if phase.kind == 'tune':
         model.requires_grad_(False).head.requires_grad_(True)
@@ -342,12 +349,12 @@ def enter(model, phase):
         part.requires_grad_(True)
     if not c.monolithic and c.lora != 'joint':
         assert count(model.parameters(), active=True) <= budget(c), f'{phase} exceeds the budget of active parameters'
-    model.interface.requires_grad_(model.interface.name == 'learned' and phase.stage == 1)
+    model.interface.requires_grad_(model.interface.name == 'learned' and (phase.stage == 1 or c.monolithic))
 
 def budget(c):
     """The most parameters that may train at a time: the blocks of one stage, the head and the final LayerNorm."""
     d = c.d_model
-    return c.layers_per_stage * (12 * d * d + 9 * d) + d * VOCAB + VOCAB + 2 * d
+    return (c.layers_per_stage + c.overlap) * (12 * d * d + 9 * d) + d * VOCAB + VOCAB + 2 * d
 
 def count(parameters, active=False):
     """Number of parameters in all, or of the active (trainable) ones."""
