@@ -71,8 +71,9 @@ class Config:
     batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
     micro_batch: int = opt(None, 'sequences that pass the model of a process at once; gradients add up over the rest of the batch', 1, 10**5)
     lr: float = opt(None, 'peak learning rate of the blocks', 1e-8, 1)
-    head_lr: float = opt(None, 'peak learning rate of the output layer in the first phase', 1e-8, 1)
-    head_lr_later: float = opt(None, 'the same where it starts warm: in every later phase, and with --grow_from and --tune_heads', 1e-8, 1)
+    head_lr: float = opt(None, 'peak learning rate of the output layer', 1e-8, 1)
+    lr_later: float = opt(None, 'the same of blocks in every later phase, and with --grow_from', 1e-8, 1)
+    head_lr_later: float = opt(None, 'the same of the output layer, which then starts warm; also with --tune_heads', 1e-8, 1)
     warmup: int = opt(10, 'steps of linear warm-up in every phase; then a cosine to a tenth of the peak', 0, 10**6)
     weight_decay: float = opt(0.1, 'AdamW weight decay of matrices in blocks', 0, 1)
     clip: float = opt(1.0, 'largest gradient norm', 1e-6, 1e6)
@@ -108,9 +109,9 @@ class Config:
     born_stage: int = 0
 
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, head_lr_later=2e-3,
+    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, lr_later=1e-3, head_lr_later=3e-4,
                    lora='none', lora_tokens=131_072, lora_lr=2e-3, eval_tokens=32_768, save_every=1.0),
-    'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, head_lr_later=6e-4,
+    'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, lr_later=6e-4, head_lr_later=6e-4,
                 lora='none', lora_tokens=4_194_304, lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
 }
 
@@ -547,8 +548,9 @@ def make_optimizer(model, c, later=False):
         if p.requires_grad:
             kind = head if name.startswith('head') else adapters if name.endswith(('.A', '.B')) else matrices if name.endswith('.weight') and p.dim() == 2 else vectors
             kind.append(p)
-    groups = [dict(params=matrices, lr=c.lr, weight_decay=c.weight_decay), dict(params=adapters, lr=c.lora_lr),
-              dict(params=head, lr=c.head_lr_later if later else c.head_lr), dict(params=vectors, lr=c.lr)]   # with a learned interface's table
+    lr, head_lr = (c.lr_later, c.head_lr_later) if later else (c.lr, c.head_lr)
+    groups = [dict(params=matrices, lr=lr, weight_decay=c.weight_decay), dict(params=adapters, lr=c.lora_lr),
+              dict(params=head, lr=head_lr), dict(params=vectors, lr=lr)]      # with a learned interface's table
     for group in groups:
         group['peak'] = group['lr']
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
