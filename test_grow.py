@@ -32,7 +32,7 @@ import substrate
 REPO = Path(__file__).parent
 UNIFONT = Path(os.environ.get('UNIFONT', '/usr/share/fonts/opentype/unifont/unifont.otf'))
 TINY = dict(layers=3, layers_per_stage=1, d_model=32, heads=2, context=16, substrate='binary', stage_tokens=640, batch_tokens=64, micro_batch=4,
-            lr=1e-2, head_lr=1e-2, head_lr_later=1e-2, eval_tokens=256, save_every=100, device='cpu', dtype='float32', compile=False, head_birth='random', lora='none', lora_tokens=320)
+            lr=1e-2, head_lr=1e-2, stage_ratio=1.0, lr_later=1e-2, head_lr_later=1e-2, eval_tokens=256, save_every=100, device='cpu', dtype='float32', compile=False, head_birth='random', lora='none', lora_tokens=320)
 PAPER = dict(d_model=1024, heads=32, context=1024)
 
 

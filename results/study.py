@@ -38,10 +38,11 @@ QUESTIONS = 500                                        # of MMLU, evenly spread,
 # ---------------------------------------------------------------------------------------------------------------------
 # The arms
 
+EQUAL = '--stage_ratio 1 --lr_later 3e-3 --head_lr_later 2e-3 '      # with stages of equal length, cooler rates are worse
 RECIPES = {                                            # ways to grow 9 layers by three at a time, none above the budget of a stage
-    'grown': ('', 0),                                  # the paper's: three equal stages
-    'lora': ('--lora interleaved', 1),                 # and LoRA phases after the second and the third, each as long as a stage
-    'long': ('--stage_ratio 0.25', 0),                 # ours: each stage a quarter as long as the one below it
+    'grown': (EQUAL, 0),                               # the paper's: three equal stages
+    'lora': (EQUAL + '--lora interleaved', 1),         # and LoRA phases after the second and the third, each as long as a stage
+    'long': ('', 0),                                   # ours, the preset: each stage a quarter as long as the one below it, later ones at cooler rates
 }
 RATES = '1e-3', '2e-3', '3e-3'                         # of the monolithic model's blocks; the grown ones have the preset's 3e-3
 
@@ -64,7 +65,7 @@ def arms(common, tokens):
     batch, found = grow.configure(common)[0].batch_tokens, {}
     for seed in ('0', '1'):
         base = [*common, '--seed', seed]
-        mono = sized([*base, '--monolithic'], 0, tokens / 3, batch)
+        mono = sized([*base, *EQUAL.split(), '--monolithic'], 0, tokens / 3, batch)
         for rate in RATES:
             found[f'A.mono_{rate}.s{seed}'] = [*mono, '--lr', rate]
         found[f'A.mono_restarts.s{seed}'] = [*mono, '--restarts']
@@ -75,13 +76,13 @@ def arms(common, tokens):
             for k, equal in enumerate(('block_flops', 'total_flops')):
                 many = 1000 * batch
                 found[f'A.{recipe}.{equal}.s{seed}'] = sized(flags, lora, many * flops(mono)[k] / flops(sized(flags, lora, many, batch))[k], batch)
-    half = sized(common, 0, tokens / 6, batch)
+    half = sized([*common, *EQUAL.split()], 0, tokens / 6, batch)
     for substrate in ('unicode', 'binary', 'random', 'learned'):
         found[f'B.{substrate}.grown'] = [*half, '--substrate', substrate]
         found[f'B.{substrate}.mono'] = [*half, '--substrate', substrate, '--monolithic']
     for birth in ('random', 'copy'):                   # identity is B.unicode.grown
         found[f'B.birth_{birth}.grown'] = [*half, '--birth', birth]
-    found['B.one_at_a_time.grown'] = sized([*common, '--layers', '6', '--layers_per_stage', '1'], 0, tokens / 12, batch)
+    found['B.one_at_a_time.grown'] = sized([*common, *EQUAL.split(), '--layers', '6', '--layers_per_stage', '1'], 0, tokens / 12, batch)
     return found
 
 
@@ -264,7 +265,7 @@ def draw():
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--work', default=HERE.parent / 'out' / 'study', type=Path, help='folder of data and weights (out/study)')
-    parser.add_argument('--tokens', type=int, default=294_912, help='training tokens of a tier A arm (%(default)s); half as many in tier B')
+    parser.add_argument('--tokens', type=int, default=221_184, help='training tokens of a tier A arm (%(default)s); half as many in tier B')
     parser.add_argument('--flags', default='', help=f'further flags of grow.py for every training, after {FLAGS}')
     parser.add_argument('--only', default='', metavar='NAME', help='the arms whose names begin so; draw: nothing but tables and pictures')
     parser.add_argument('--jobs', type=int, default=2, help='arms at a time, of one thread each (%(default)s)')
