@@ -56,7 +56,6 @@ class Config:
     # the model
     layers: int = opt(9, 'blocks of the finished model', 1, 1000)
     layers_per_stage: int = opt(3, 'blocks that a stage appends and trains; the last stage takes the remainder', 1, 1000)
-    overlap: int = opt(0, 'blocks below the new ones that a stage trains once more; they count in the budget', 0, 1000)
     monolithic: bool = opt(False, 'train all layers at once, on as many tokens: the baseline')
     restarts: bool = opt(False, 'monolithic: begin optimiser and schedule anew where a grown run does')
     substrate: str = opt('unicode', 'token interface: unicode, binary, random, learned (the only one that trains), or a .npy or .pt file')
@@ -317,23 +316,24 @@ class Phase:
 
 def phases(c):
     """The run as a list of phases. The monolithic baseline is one phase over all blocks with as many tokens in all."""
-    depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
-    plan, below, size = [], c.born_layers, c.layers_per_stage + c.overlap
     if c.moe:
         return [Phase('tune', 1, 0, 0, c.tune_heads // c.batch_tokens)]
+    depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
     shares = [c.stage_ratio**k for k in range(len(depths))]
+    plan, below = [], c.born_layers
     for stage, (depth, share) in enumerate(zip(depths, shares), start=c.born_stage + 1):
-        steps, trained = max(1, round(share * len(depths) / sum(shares) * (c.stage_tokens // c.batch_tokens))), min(depth, depth - below + c.overlap)
-        plan.append(Phase('grow', stage, depth, trained, steps, c.lora_rank if c.lora == 'joint' and trained < depth else 0))
+        steps = max(1, round(share * len(depths) / sum(shares) * (c.stage_tokens // c.batch_tokens)))
+        plan.append(Phase('grow', stage, depth, depth - below, steps, c.lora_rank if c.lora == 'joint' and below else 0))
         wanted = stage >= 2 if c.lora_stages == 'all' else str(stage) in c.lora_stages.split(',')
         if c.lora == 'interleaved' and wanted:
-            rank = size * (12 * c.d_model + 9) // (16 * depth)      # the largest with adapters <= a stage's blocks
+            rank = c.layers_per_stage * (12 * c.d_model + 9) // (16 * depth)      # the largest with adapters <= a stage's blocks
             if not rank:
                 raise UserError(f'--lora interleaved: not even rank 1 on {depth} blocks fits the budget; give more --layers_per_stage', status=2)
             plan.append(Phase('lora', stage, depth, 0, c.lora_tokens // c.batch_tokens, rank))
         below = depth
-    if c.monolithic:
-        return [Phase('grow', p.stage, c.layers, c.layers, p.steps) for p in plan] if c.restarts else [Phase('grow', 1, c.layers, c.layers, sum(p.steps for p in plan))]
+    if c.monolithic:                                  # with --restarts, its phases are as long as those of the grown run
+        every = [p.steps for p in plan] if c.restarts else [sum(p.steps for p in plan)]
+        return [Phase('grow', k, c.layers, c.layers, steps) for k, steps in enumerate(every, start=1)]
     return plan
 
 def enter(model, phase):
@@ -359,7 +359,7 @@ def enter(model, phase):
 def budget(c):
     """The most parameters that may train at a time: the blocks of one stage, the head and the final LayerNorm."""
     d = c.d_model
-    return (c.layers_per_stage + c.overlap) * (12 * d * d + 9 * d) + d * VOCAB + VOCAB + 2 * d
+    return c.layers_per_stage * (12 * d * d + 9 * d) + d * VOCAB + VOCAB + 2 * d
 
 def count(parameters, active=False):
     """Number of parameters in all, or of the active (trainable) ones."""

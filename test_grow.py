@@ -796,21 +796,15 @@ def test_optimizer_holds_exactly_the_trainable_set():
         assert ('interface.table' in names) == interface_trains
 
 
-def test_stages_that_shrink_or_overlap_keep_budget_and_tokens(here):
-    for more in (dict(stage_ratio=0.5), dict(overlap=2, layers=5), dict(overlap=1, layers=5, layers_per_stage=2, lora='interleaved', stage_ratio=2.0)):
-        c = config(stage_tokens=6400, **more)
+def test_stages_that_shrink_keep_budget_and_tokens():
+    for ratio, lora in ((0.5, 'none'), (2.0, 'interleaved'), (0.01, 'none')):
+        c = config(stage_tokens=6400, layers=5, layers_per_stage=2, stage_ratio=ratio, lora=lora)
         rows = grow.ledger(c)
         grown = [r for r in rows if r['phase'] == 'grow']
         assert max(r['active'] for r in rows) <= grow.budget(c)
         assert abs(sum(r['tokens'] for r in grown) - len(grown) * 6400) <= len(grown) * c.batch_tokens
         for a, b in zip(grown, grown[1:]):
-            assert abs(b['tokens'] - c.stage_ratio * a['tokens']) <= (1 + c.stage_ratio) * c.batch_tokens
-    assert [r['trained'] for r in grow.ledger(config(overlap=2, layers=5))] == [1, 2, 3, 3, 3]
-    assert [r['trained'] for r in grow.ledger(config(overlap=1, layers=5, layers_per_stage=2))] == [2, 3, 2]
-    grow.main(flags(out='run', overlap=1))
-    before, after = (grow.load(f'run/stage_{k}.pt')['model'] for k in (2, 3))
-    moved = {name.split('.')[1] for name in before if name.startswith('blocks') and not torch.equal(before[name], after[name])}
-    assert moved == {'1'}                              # block 0 is frozen, block 1 trains once more, block 2 is new
+            assert b['tokens'] > 0 and abs(b['tokens'] - ratio * a['tokens']) <= (1 + ratio) * c.batch_tokens
 
 
 def test_monolithic_restarts_where_a_grown_run_does(here):
