@@ -95,6 +95,27 @@ def fails(capsys, argv, *words, status=1, main=grow.main):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+
+def test_links_of_the_readme_lead_to_what_they_name():
+    text = (REPO / 'README.md').read_text(encoding='utf-8')
+    lines = re.findall(r'\[`(\w+)`\]\((\w+\.py)#L(\d+)\)', text)
+    assert len(lines) >= 20
+    for name, path, number in lines:
+        assert re.match(rf'\s*(def|class) {name}\b', (REPO / path).read_text(encoding='utf-8').splitlines()[int(number) - 1]), f'{path}#L{number} is not {name}'
+    for path in re.findall(r'\]\((?!http)([^)#]+)', text):
+        assert (REPO / path).exists(), path
+
+
+def test_flags_of_the_readme_exist():
+    known = {f.name for f in dataclasses.fields(grow.Config) if f.metadata}
+    for command in re.findall(r'python grow\.py ([^`\n]*)', (REPO / 'README.md').read_text(encoding='utf-8')):
+        for flag in re.findall(r'--([a-z_]+)', command):
+            assert flag.removeprefix('no_') in known, command
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The vocabulary
 
 def test_layout_of_the_vocabulary():
