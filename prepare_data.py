@@ -216,6 +216,8 @@ def file_documents(paths, split_line=None):
         if not found:
             raise UserError(f'{path} is neither a file nor a folder with {" ".join(ENDINGS)} files in it; give the path of some text')
         files += found
+    if any(ending(path) == '.parquet' for path in files):
+        parquet()                                      # complains before anything is written
     return (text for path in files for text in documents_of(path, split_line))
 
 # ---------------------------------------------------------------------------------------------------------------------
