@@ -13,6 +13,7 @@ Not in here: text normalisation, learned merges, anything that grows.
 import argparse
 import ast
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -62,11 +63,17 @@ def cli(main):
         if hasattr(sys.stdout, 'reconfigure'):
             sys.stdout.reconfigure(errors='replace')  # a model may say what a terminal cannot show
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()                        # here, not at exit, where nothing can be caught any more
+            return result
         except UserError as error:
             message, status = str(error), error.status
+        except BrokenPipeError:                       # `| head -1`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(141)
         except OSError as error:                      # disk full, no permission, ...
-            message, status = f'{error.strerror or error}: {error.filename or "while reading or writing"}', 1
+            full = '; make room on the disk and run the same again, or go on with --resume' * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+            message, status = f'{error.strerror or error}: {error.filename or "while reading or writing"}{full}', 1
         except KeyboardInterrupt:
             message, status = 'interrupted', 130
         print(f'error: {message}' if status != 130 else message, file=sys.stderr)
@@ -84,6 +91,8 @@ def replacing(path):
         with open(beside, 'rb') as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
+    except (OSError, RuntimeError) as error:          # RuntimeError: what torch makes of a failed write
+        raise UserError(f'{path} could not be written ({str(error).splitlines()[0]}): is the disk full? What was there before is still whole') from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -256,9 +265,9 @@ class Substrate(nn.Module):
         super().__init__()
         self.name, self.d_model, self.fingerprint = str(name), d_model, fingerprint
         if self.name not in RECIPES and not self.name.endswith(('.npy', '.pt')):
-            raise UserError(f'there is no substrate {self.name!r}: choose {", ".join(RECIPES)}, or a file that ends in .npy or .pt')
+            raise UserError(f'there is no substrate {self.name!r}: choose {", ".join(RECIPES)}, or a file that ends in .npy or .pt', status=2)
         if self.name == 'binary' and d_model % CODE_BITS:
-            raise UserError(f'the binary substrate needs a d_model that is a multiple of {CODE_BITS}, not {d_model}')
+            raise UserError(f'the binary substrate needs a d_model that is a multiple of {CODE_BITS}, not {d_model}', status=2)
         width = CODE_BITS if self.name == 'binary' else d_model
         self.table = nn.Parameter(torch.empty(VOCAB, width, dtype=torch.float32), requires_grad=self.name == 'learned')
 
