@@ -1452,7 +1452,7 @@ def run(here):
     for name, blocks in (('stage_1', 1), ('stage_2', 2), ('latest', 2)):
         model = model_of(c, blocks)
         grow.save(here / 'run' / f'{name}.pt', config=grow.dataclasses.asdict(c), depth=blocks, interface=model.interface.fingerprint,
-                  tokenizer=substrate.tokenizer_fingerprint(), model=model.state_dict(), at={})
+                  tokenizer=substrate.tokenizer_fingerprint(), model=model.state_dict(), at={}, machine=grow.machine(c))
     return here / 'run'
 
 
