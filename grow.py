@@ -958,11 +958,12 @@ def configure(argv):
     if 'batch_tokens' not in given:                  # whole sequences
         c.batch_tokens = max(1, c.batch_tokens // c.context) * c.context
     share_batch(c, given)
+    stages = {str(phase.stage) for phase in phases(c)}
     for wrong, message in (
             (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
             (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.monolithic and (given.get('lora', 'none') != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
-            (c.lora_stages != 'all' and not all(s.isdecimal() for s in c.lora_stages.split(',')), f'--lora_stages {c.lora_stages} must be all, or numbers like 2,3'),
+            (c.lora_stages != 'all' and not set(c.lora_stages.split(',')) <= stages, f'--lora_stages {c.lora_stages} must be all, or numbers of stages like 2,3'),
             (len(c.moe) == 1 or c.tune_heads and not c.moe, '--moe needs two experts or more, and --tune_heads needs --moe'),
             (c.tune_heads and c.tune_heads < c.batch_tokens, f'--tune_heads must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.moe and (c.grow_from or c.monolithic or c.plan), '--moe merges finished models: leave out --grow_from, --monolithic and --plan')):

@@ -36,6 +36,7 @@ PAD, BOS, EOS, UNK = 0xE000, 0xE001, 0xE002, 0xE003   # <pad> <s> </s> <unk>
 
 HERE = Path(__file__).resolve().parent
 NGRAMS = HERE / 'interface' / 'ngrams.txt'            # the n-grams, one a line in id order
+NGRAMS_DIGEST = 'a8940ebb4eb6e67e'                    # of this list: another one there needs other glyphs too
 GLYPHS = HERE / 'interface' / 'glyphs.npz'            # the picture of every token
 GLYPHS_SHA256 = '51e2320ad26ea467f2cd09ce7b64a3c9eb7cc4ae1f59ac5c3252520c0c0e8436'      # of its bits
 CACHE = HERE / 'data' / 'interface'                   # tables that take seconds to compute are kept here
@@ -132,6 +133,8 @@ def read_ngrams(ngram_file=NGRAMS):
     if len(grams) != len(NGRAM_IDS) or grams != sorted(set(grams), key=id_order) or not {2, 3} >= set(map(len, grams)):
         raise UserError(f'{ngram_file} must hold {len(NGRAM_IDS):,} distinct n-grams of 2 or 3 characters, one a line, longest first, '
                         'then by code point; restore it or rebuild it with: python substrate.py --count-ngrams')
+    if ngram_file == NGRAMS and (found := digest(*grams)) != NGRAMS_DIGEST:
+        raise UserError(f'{ngram_file} is not the list of NGRAMS_DIGEST: restore it, or, if it was changed on purpose, set that to {found}')
     return grams
 
 def token_texts(ngram_file=NGRAMS):
@@ -343,7 +346,7 @@ def read_table(path, d_model):
 @cli
 def main(argv=None):
     """Describes the interface, or rebuilds its files."""
-    parser = Parser(description='Describes the token interface, or rebuilds it.')
+    parser = Parser(description='Describes the token interface, or rebuilds it.', allow_abbrev=False)
     parser.add_argument('--count-ngrams', action='store_true', help='count the n-grams again and write interface/ngrams.txt')
     parser.add_argument('--draw', metavar='FONT', help='draw the tokens again with GNU Unifont (.otf) and write interface/glyphs.npz')
     args = parser.parse_args(argv)

@@ -145,7 +145,8 @@ def test_every_text_round_trips():
         assert tokens.decode(ids) == text
         assert not any(0xE000 <= i < 0xE080 for i in ids)                         # no text makes a special token
     assert tokens.encode_ordinary('\uE000') == [0xE0EE, 0xE080, 0xE080]           # its UTF-8 bytes
-    assert tokens.encode_ordinary('\ud800') == [0xFFFD]                           # a lone surrogate is no Unicode
+    assert tokens.encode_ordinary(''.join(map(chr, range(0xDFFF, 0xD7FF, -1)))) == [0xFFFD] * 2048      # a lone surrogate is no Unicode
+    assert tokens.encode_ordinary('\ud83d\ude00') == tokens.encode_ordinary('😀')                       # and a pair is one character
 
 
 def test_ngrams_are_real_in_every_script():
@@ -179,6 +180,21 @@ def test_damaged_ngrams_are_refused(damage, tmp_path):
     path.unlink()
     with pytest.raises(substrate.UserError, match='list.txt'):
         substrate.tokenizer(path)
+
+
+def test_a_flipped_bit_in_the_ngrams_is_found(tmp_path, monkeypatch):
+    """Some flips leave a list that is in order: only its digest tells."""
+    whole, rng, path = substrate.NGRAMS.read_bytes(), random.Random(0), tmp_path / 'ngrams.txt'
+    monkeypatch.setattr(substrate, 'NGRAMS', path)
+    path.write_bytes(whole)
+    substrate.read_ngrams(path)
+    reasons = collections.Counter()
+    for _ in range(100):
+        path.write_bytes(flipped(whole, rng))
+        with pytest.raises(substrate.UserError, match='ngrams.txt') as error:
+            substrate.read_ngrams(path)
+        reasons['DIGEST' in str(error.value)] += 1
+    assert min(reasons[True], reasons[False]) > 5, reasons
 
 
 def test_another_ngram_list_makes_another_tokenizer(tmp_path):
@@ -219,8 +235,14 @@ def test_glyphs_are_drawn_again_bit_for_bit(bits, tmp_path, monkeypatch, capsys)
 
 
 def test_damaged_glyphs_and_fonts_are_refused(tmp_path, monkeypatch, capsys):
-    whole = substrate.GLYPHS.read_bytes()
+    whole, bits, rng = substrate.GLYPHS.read_bytes(), substrate.glyphs(), random.Random(0)
     monkeypatch.setattr(substrate, 'GLYPHS', tmp_path / 'glyphs.npz')
+    for _ in range(20):                               # one bit: refused, or where it changes no picture
+        substrate.GLYPHS.write_bytes(flipped(whole, rng))
+        try:
+            assert np.array_equal(substrate.glyphs(), bits)
+        except substrate.UserError as error:
+            assert 'glyphs.npz' in str(error)
     for damaged in (whole[:-1000], whole[:5000] + b'x' + whole[5001:], b'', None):
         if damaged is not None:
             substrate.GLYPHS.write_bytes(damaged)
@@ -374,6 +396,12 @@ def refuses(pattern, function, *args, **kwargs):
     assert '\n' not in str(error.value)
 
 
+def flipped(raw, rng, at=None):
+    """Bytes with one bit flipped, in byte `at` or anywhere."""
+    at = rng.randrange(len(raw)) if at is None else at
+    return raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1:]
+
+
 def test_every_id_survives_a_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, 'SHARD', 50_000)
     meta = dict(documents=0, train_tokens=0, train_bytes=0, shards={})
@@ -522,12 +550,19 @@ def test_damaged_data_sets_are_refused_by_name(tmp_path, dataset, capsys):
     shard.unlink()
     refuses('train_000001.npy is missing', prepare_data.Dataset, 'tiny', tmp_path)
     shard.write_bytes(whole)
-    meta = json.loads((folder / 'meta.json').read_text())
+    text, meta = (folder / 'meta.json').read_text(), prepare_data.read_meta(folder)
     (folder / 'meta.json').write_text(json.dumps(meta | {'tokenizer': 'another'}))
     refuses('another tokenizer', prepare_data.Dataset, 'tiny', tmp_path)
     for broken in ('{', '[]', '{}', json.dumps(meta | {'shards': {'train_000000.npy': 3}})):
         (folder / 'meta.json').write_text(broken)
         refuses('meta.json is broken', prepare_data.Dataset, 'tiny', tmp_path)
+    rng = random.Random(0)
+    for i in range(len(text)):                                                    # a bit of every byte: refused, or it changes nothing that counts
+        (folder / 'meta.json').write_bytes(flipped(text.encode(), rng, i))
+        try:
+            assert meta.items() <= prepare_data.read_meta(folder).items()
+        except substrate.UserError as error:
+            assert 'meta.json is broken' in str(error)
     refuses('no data set .*stdlib; make it with: python prepare_data.py stdlib', prepare_data.Dataset, 'stdlib', tmp_path)
 
 
@@ -1074,6 +1109,10 @@ def test_tuned_heads_move_alone_and_load_like_any_model(experts, monkeypatch, ca
     history = grow.load('tuned/latest.pt')['at']['history']
     assert history[-1]['phase'] == 'tune' and history[-1]['val_loss'] < history[0]['val_loss'] and 'val_other' in history[-1]
     grow.main(['--sample', 'cats', '--out', 'tuned', '--length', '5', '--device', 'cpu'])
+    capsys.readouterr()
+    grow.main(['--resume', '--out', 'tuned'])
+    assert 'is finished' in (said := capsys.readouterr().out) and '--grow_from' not in said      # which takes no mixture
+    fails(capsys, ['--grow_from', 'tuned', '--layers', '9'], 'mixture')
     grow.main(['--sample', 'cats', '--moe', 'a', 'd', '--length', '5', '--device', 'cpu'])
     original, calls = grow.train_step, []
 
@@ -1128,8 +1167,12 @@ def test_finished_run_says_so_and_keeps_its_files(here, capsys):
     before = Path('run/latest.pt').read_bytes()
     grow.main(['--resume', '--out', 'run'])
     assert 'finished' in capsys.readouterr().out
+    files = {path.name: path.read_bytes() for path in Path('run').iterdir()}
     fails(capsys, flags(out='run'), 'run', '--resume')
-    assert Path('run/latest.pt').read_bytes() == before
+    fails(capsys, flags(out='run', layers=5, seed=1, substrate='random'), 'run', '--resume')
+    assert Path('run/latest.pt').read_bytes() == before and files == {path.name: path.read_bytes() for path in Path('run').iterdir()}
+    os.remove('run/latest.pt')                                                    # what is left is not written over either
+    fails(capsys, flags(out='run'), 'run', 'another --out')
 
 
 def test_load_model_and_sampling(here, capsys):
@@ -1240,7 +1283,8 @@ def test_what_several_processes_cannot_do(here, capsys, monkeypatch):
     fails(capsys, flags(sample='x', micro_batch=2), '--sample', 'one process', status=2)
 
 
-@pytest.mark.parametrize('error', [lambda: torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), lambda: torch.empty(2**60)])
+@pytest.mark.parametrize('error', [lambda: torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), lambda: torch.empty(2**60),
+                                   lambda: RuntimeError('CUDA error: out of memory'), lambda: RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling')])
 def test_out_of_memory_is_one_sentence(here, capsys, monkeypatch, error):
     def full(*args):
         raise error()
@@ -1325,18 +1369,20 @@ def test_contradicting_resume_is_refused(here, capsys):
     fails(capsys, ['--resume', '--out', 'run', '--layers', '5'], '--layers', status=2)
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(here, capsys, monkeypatch):
+@pytest.mark.parametrize('number', ['nan', 'inf', '-inf'])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(here, capsys, monkeypatch, number):
     original = prepare_data.Batches.batch
 
     def poison(self, step, rows=slice(None)):
         if step == 5:
-            model[0].head.bias.data[7] = float('nan')
+            model[0].norm.bias.data[7] = float(number)
         return original(self, step, rows)
     model, new_model = [], grow.new_model
     monkeypatch.setattr(grow, 'new_model', lambda *args: model.append(new_model(*args)) or model[0])
     monkeypatch.setattr(prepare_data.Batches, 'batch', poison)
     fails(capsys, flags(out='run', save_every=0), 'not finite', 'step 6', 'latest.pt')
-    assert all(t.isfinite().all() for t in grow.load('run/latest.pt')['model'].values())
+    last = grow.load('run/latest.pt')
+    assert last['at']['global_step'] == 5 and all(t.isfinite().all() for t in last['model'].values())
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(here, capsys, monkeypatch):
@@ -1378,9 +1424,11 @@ def test_other_data_under_a_run_is_refused(here, capsys):
 def test_two_runs_on_one_folder(here, capsys):
     out, lock = grow.open_out(config(out='run'))
     fails(capsys, flags(out='run'), 'another process')
+    (out / 'latest.pt').touch()
+    fails(capsys, ['--resume', '--out', 'run'], 'another process')
 
 
-def test_ctrl_c_writes_a_checkpoint(here, monkeypatch):
+def test_ctrl_c_writes_a_checkpoint(here, monkeypatch, capsys):
     original, calls = grow.train_step, []
 
     def interrupt(*args):
@@ -1391,6 +1439,8 @@ def test_ctrl_c_writes_a_checkpoint(here, monkeypatch):
     monkeypatch.setattr(grow, 'train_step', interrupt)
     with pytest.raises(SystemExit) as end:
         grow.main(flags(out='run'))
+    text, error = capsys.readouterr()
+    assert error == 'interrupted\n' and text.endswith('stopped: go on with --resume --out run\n')
     assert end.value.code == 130 and grow.load('run/latest.pt')['at']['global_step'] == 13
     monkeypatch.setattr(grow, 'train_step', original)
     grow.main(['--resume', '--out', 'run'])
@@ -1627,6 +1677,15 @@ def test_mistakes_in_questions_are_named(run, mmlu, capsys):
     (mmlu / 'csqa' / 'dev_rand_split.jsonl').write_text('{"question": 3}\n')
     wrong('dev_rand_split.jsonl, line 1', argv=['--task', 'csqa'])
     path = mmlu / 'test' / 'anatomy_test.csv'
+    whole = path.read_bytes()
+    for length in range(len(whole)):                  # cut anywhere but after a row: named; text itself has no checksum
+        if whole[:length].rstrip(b'\n') not in (b'\n'.join(whole.splitlines()[:2 * k]) for k in range(1, 5)):
+            path.write_bytes(whole[:length])
+            refuses('anatomy_test.csv', eval_mmlu.read_csv, path)
+    path.write_bytes(b'')
+    wrong('anatomy_test.csv is empty')
+    path.write_bytes(Path(run / 'latest.pt').read_bytes()[:5000])
+    wrong('anatomy_test.csv, line 1')
     for damage in (b'q,1,2,3,D', b'q,1,2,3,4,E', b'q,1,2,3,4,', b'q\xff,1,2,3,4,D', b'"q"x,1,2,3,4,D', b'"q,1,2,3,4,D'):
         path.write_bytes(b'"fine,\nindeed",1,2,3,4,A\n' + damage + b'\n')
         wrong('anatomy_test.csv, line 3')
@@ -1740,7 +1799,7 @@ def test_a_corpus_is_the_same_on_any_number_of_cores(hub, tmp_path, monkeypatch)
         monkeypatch.setattr(prepare_data, 'CORES', cores)
         monkeypatch.setattr(prepare_data, 'AHEAD', ahead)
         assert make(name=f'on{cores}', keep_raw=cores == 7) == whole
-        assert json.loads((tmp_path / f'on{cores}' / 'meta.json').read_text()) == whole
+        assert prepare_data.read_meta(tmp_path / f'on{cores}') == whole
         prepare_data.check(f'on{cores}', tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['elsewhere', 'on1', 'on2', 'on7', 'on7.raw']
     assert sorted(path.name for path in (tmp_path / 'on7.raw').iterdir()) == ['000.parquet', '001.parquet', '002.parquet']
@@ -1836,7 +1895,10 @@ def test_parquet_needs_pyarrow_and_a_column_of_text(hub, tmp_path, monkeypatch):
         prepare_data.parquet().parquet.write_table(prepare_data.parquet().table(column), tmp_path / f'{number}.parquet')
         refuses(f'{number}.parquet is damaged or has no column', list, prepare_data.file_documents([tmp_path]))
         (tmp_path / f'{number}.parquet').unlink()
+    (tmp_path / 'a.txt').write_text('text')
+    (tmp_path / 'b.parquet').write_bytes(b'')
     monkeypatch.setitem(sys.modules, 'pyarrow.parquet', None)
+    refuses('pip install pyarrow', prepare_data.file_documents, [tmp_path])       # before the first document, a.txt, is read
     refuses('pip install pyarrow', make)
     assert not handler.asked and not (tmp_path / 'fineweb-edu.raw').exists()
 
