@@ -640,7 +640,7 @@ def main(argv=None):
         parser.error('only files takes PATH and --split-line, and only files and downloads take --name')
     if args.corpus not in CORPORA and (args.tokens is not None or args.keep_raw or args.mirror):
         parser.error('only a corpus that is downloaded takes --tokens, --keep-raw and --mirror')
-    if args.tokens is not None and args.tokens < 1 or args.mirror and not re.match('https?://', args.mirror):
+    if args.tokens is not None and args.tokens < 1 or args.mirror is not None and not re.match('https?://', args.mirror):
         parser.error('--tokens must be positive, and --mirror start with https:// or http://')
     if args.check:
         check(args.check, args.root)
