@@ -518,7 +518,7 @@ def test_all_of_unicode_comes_back_from_a_file(tmp_path, monkeypatch):
     read = prepare_data.Dataset('all', tmp_path)
     assert ''.join(prepare_data.text_documents(tmp_path / 'all.txt')) == every
     want = [*texts(), *prepare_data.text_documents(tmp_path / 'all.txt'), long, *ODD, every]
-    assert sorted(documents_of(read, 'train') + documents_of(read, 'val')) == sorted(with_end(text for text in want if not text.isspace()))
+    assert sorted(documents_of(read, 'train') + documents_of(read, 'val')) == sorted(with_end(text for text in want if text and not text.isspace()))
 
 
 def test_any_text_round_trips():
@@ -1749,6 +1749,12 @@ def test_full_disk_while_writing_checkpoints_and_log(here, monkeypatch, capsys):
     grow.main(['--resume', '--out', 'run'])
     grow.main(flags(out='whole', stage_tokens=128))
     assert same_weights('run', 'whole') and len(Path('run/log.csv').read_text().splitlines()) == len(Path('whole/log.csv').read_text().splitlines())
+
+
+@pytest.mark.parametrize('text', [*ODD, '', '\ud83d', '\udcff\udc80', 'x' * 1000])
+def test_any_text_can_be_continued(own, text, capsys):
+    grow.main(['--sample', text, '--out', 'run', '--length', '3', '--device', 'cpu'])
+    assert capsys.readouterr().out.splitlines(keepends=True)[1:]                  # after the line on the device
 
 
 def test_what_a_kill_left_half_written_is_removed(own, capsys):
