@@ -77,6 +77,8 @@ def read_csv(path):
         except (csv.Error, ValueError) as error:      # wrong quotes, wrong fields, not UTF-8
             line = reader.line_num + isinstance(error, UnicodeDecodeError)
             raise UserError(f'{path}, line {line}: cannot be read ({error}); mend or restore it') from None
+    if not rows:
+        raise UserError(f'{path} is empty: restore it')
     return rows
 
 def mmlu(test, task='mmlu', shots=0):

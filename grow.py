@@ -31,6 +31,7 @@ import signal
 import sys
 import sysconfig
 import time
+import zipfile
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -566,24 +567,25 @@ def lr_factor(c, step, steps):
 
 def save(path, **content):
     """torch.save, beside the target and renamed; a full disk leaves the old file in place."""
-    try:
-        with replacing(path) as beside:
-            torch.save(content, beside)
-    except RuntimeError as error:                    # what torch makes of a failed write
-        raise UserError(f'{path} could not be written ({str(error).splitlines()[0]}): is the disk full? The last good file is still in place') from None
+    with replacing(path) as beside:
+        torch.save(content, beside)
 
 def load(path):
     """Reads a checkpoint, a file or the latest of a run's folder: tensors and plain values only, never code. Raises UserError naming
     the file that cannot be read."""
     path = Path(path) / 'latest.pt' if Path(path).is_dir() else Path(path)
     try:
+        with zipfile.ZipFile(path) as file:              # torch itself loads flipped bits without a word; the price is to read the file twice
+            if bad := file.testzip():
+                raise zipfile.BadZipFile(bad)
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'there is no {path}: name the folder of a run, or a checkpoint in it') from None
     except Exception as error:
         raise UserError(f'{path} is damaged, or no checkpoint ({type(error).__name__}): restore it, or start a new run') from None
     known = {f.name for f in dataclasses.fields(Config)}
-    if not isinstance(ckpt, dict) or not {'config', 'tokenizer', 'model', 'at'} <= ckpt.keys() or not ckpt['config'].keys() <= known:
+    if (not isinstance(ckpt, dict) or not {'config', 'tokenizer', 'model', 'at', 'machine'} <= ckpt.keys() or not ckpt['config'].keys() <= known
+            or 'processes' not in ckpt['machine']):   # older than that, and its interface was not scaled
         raise UserError(f'{path} is not a checkpoint of this version of grow.py: name another run')
     if ckpt['tokenizer'] != tokenizer_fingerprint():
         raise UserError(f'{path} was trained with another list of n-grams: put interface/ngrams.txt of that time in place')
@@ -634,8 +636,10 @@ def open_out(c):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f'another process is writing to {out}: wait for it, or choose another --out') from None
-    if (out / 'latest.pt').exists() and not c.resume:
+    if any(out.glob('*.pt')) and not c.resume:
         raise UserError(f'{out} holds a run already: go on with it by --resume, or choose another --out')
+    for left in out.glob('.*.pt.*.tmp'):              # what was being written when a run was killed
+        left.unlink()
     return out, lock                                 # the lock lasts as long as the file object
 
 def newest_out():
@@ -750,9 +754,9 @@ def open_data(c):
     for name, weight in pairs:
         if not weight.isdecimal() or not 1 <= int(weight) <= 1000 or [n for n, _ in pairs].count(name) > 1:
             raise UserError(f'--data {" ".join(c.data)}: name each data set once, with a weight from 1 to 1000 if any, as in ru:3 en:1', status=2)
-        if name == 'stdlib' and not Path('data/stdlib').exists():
-            print('no data yet: preparing the text of the Python standard library')
-            prepare_data.prepare_stdlib()
+    if 'stdlib' in dict(pairs) and not Path('data/stdlib').exists():
+        print('no data yet: preparing the text of the Python standard library')
+        prepare_data.prepare_stdlib()
     return [prepare_data.Dataset(name) for name, _ in pairs], [int(weight) for _, weight in pairs]
 
 def grown_config(c, given):
@@ -779,13 +783,10 @@ def train(c, given):
         if ckpt['at']['phase'] == len(phases(c)):
             table(ckpt['at']['history'])
             join()
-            print(f'the run in {out} is finished: --sample shows what it says, --grow_from {out} grows it further')
+            print(f'the run in {out} is finished: --sample shows what it says' + f', --grow_from {out} grows it further' * (not c.moe))
             return out
     amp = set_up(c)
     datasets, weights = open_data(c)
-    if not ckpt:
-        out, lock = open_out(c)
-        print(f'checkpoints and log go to {out}')
     most, wanted = 4 * sum(d.train_tokens for d in datasets), sum(p.steps for p in phases(c)) * c.batch_tokens
     if wanted > most and not ckpt and not {'stage_tokens', 'lora_tokens', 'moe'} & given.keys():
         c.stage_tokens, c.lora_tokens = (max(c.batch_tokens, n * most // wanted) for n in (c.stage_tokens, c.lora_tokens))
@@ -806,6 +807,9 @@ def train(c, given):
             print(f'growing on from the {c.born_layers} layers of {c.grow_from}')
     else:
         model = merge_experts(c) if c.moe else new_model(c, batches)
+    if not ckpt:                                     # now that nothing is left to refuse
+        out, lock = open_out(c)
+        print(f'checkpoints and log go to {out}')
     join()
     log = io.StringIO() if RANK else open(out / 'log.csv', 'a', buffering=1)      # line by line, for whoever looks on
     at['log_bytes'] = min(at['log_bytes'], log.tell())
@@ -948,6 +952,8 @@ def configure(argv):
     for name, value in PRESETS['laptop' if c.device == 'cpu' else 'gpu'].items():
         if name not in given:
             setattr(c, name, value)
+    if c.resume + c.plan + (c.sample is not None) > 1:
+        parser.error('--resume, --plan and --sample are different jobs: give one of them')
     if c.resume:                                     # all else comes from the checkpoint
         return c, given
     if c.grow_from:
@@ -957,17 +963,20 @@ def configure(argv):
     if 'batch_tokens' not in given:                  # whole sequences
         c.batch_tokens = max(1, c.batch_tokens // c.context) * c.context
     share_batch(c, given)
+    stages = {str(phase.stage) for phase in phases(c)}
     for wrong, message in (
             (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
             (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.monolithic and (given.get('lora', 'none') != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
             (c.restarts and not c.monolithic, '--restarts is for --monolithic: a grown run restarts by itself'),
-            (c.lora_stages != 'all' and not all(s.isdecimal() for s in c.lora_stages.split(',')), f'--lora_stages {c.lora_stages} must be all, or numbers like 2,3'),
+            (c.lora_stages != 'all' and not set(c.lora_stages.split(',')) <= stages, f'--lora_stages {c.lora_stages} must be all, or numbers of stages like 2,3'),
             (len(c.moe) == 1 or c.tune_heads and not c.moe, '--moe needs two experts or more, and --tune_heads needs --moe'),
             (c.tune_heads and c.tune_heads < c.batch_tokens, f'--tune_heads must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.moe and (c.grow_from or c.monolithic or c.plan), '--moe merges finished models: leave out --grow_from, --monolithic and --plan')):
         if wrong:
             parser.error(message)
+    with torch.device('meta'):
+        Substrate(c.substrate, c.d_model)            # refuses a wrong name or width before anything is written
     return c, given
 
 @cli
@@ -999,7 +1008,7 @@ def main(argv=None):
         except RuntimeError as error:                # of gloo, of a GPU's allocator, or of the CPU's
             if 'by peer' in str(error):
                 raise UserError('another process has ended, and so does this one: the reason is in what that one printed') from None
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not any(words in str(error) for words in ('out of memory', "can't allocate memory", 'CUBLAS_STATUS_ALLOC_FAILED')):
                 raise
             raise UserError('out of memory: start again, or go on with --resume, with a smaller --micro_batch') from None
         finally:

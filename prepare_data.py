@@ -142,7 +142,7 @@ def numbered_lines(f):
 def decoded(raw, path, first_line):
     """Bytes as UTF-8 text. Raises UserError with file and line where they are not."""
     try:
-        return raw.decode('utf-8-sig')                 # -sig: without the mark that some editors put before UTF-8
+        return raw.decode('utf-8-sig' if first_line == 1 else 'utf-8')             # -sig: without the mark that some editors put before UTF-8
     except UnicodeDecodeError as error:
         line = first_line + raw.count(b'\n', 0, error.start)
         raise UserError(f'{path}, line {line}: not UTF-8; convert the file first, for example with iconv -t utf-8') from None
@@ -216,6 +216,8 @@ def file_documents(paths, split_line=None):
         if not found:
             raise UserError(f'{path} is neither a file nor a folder with {" ".join(ENDINGS)} files in it; give the path of some text')
         files += found
+    if any(ending(path) == '.parquet' for path in files):
+        parquet()                                      # complains before anything is written
     return (text for path in files for text in documents_of(path, split_line))
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +310,7 @@ def prepare_parts(name, parts, source, root='data', limit=None):
     after the first document with which there are so many training tokens, and SMALLEST validation tokens. Raises UserError."""
     folder, start = Path(root) / name, time.time()
     if not re.fullmatch(r'\w[\w.-]*', name):
-        raise UserError(f'{name!r} does not name a folder; use letters, digits, - and _ for --name')
+        raise UserError(f'{name!r} does not name a folder; use letters, digits, - and _ for --name', status=2)
     if folder.exists():
         raise UserError(f'{folder} exists already; remove it, or choose another --name')
     with new_folder(folder) as beside:
@@ -347,7 +349,7 @@ def prepare_parts(name, parts, source, root='data', limit=None):
                 val.flush()
                 meta['parts'] += 1
                 with replacing(record) as path:
-                    path.write_text(json.dumps(meta, indent=1))
+                    path.write_text(json.dumps(meta | {'digest': digest(json.dumps(meta))}, indent=1))
         if min(meta['train_tokens'], meta['val_tokens']) < SMALLEST:
             record.unlink(missing_ok=True)
             raise UserError(f'{meta["documents"]} documents give {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens, '
@@ -387,8 +389,9 @@ def read_meta(folder, least=1):
     """The meta.json of a data set, a dict. Raises UserError if it is missing or broken, or counts less than `least` of anything."""
     try:
         meta = json.loads((folder / 'meta.json').read_text())
+        whole = meta.pop('digest', None) in (None, digest(json.dumps(meta)))      # None: an older data set
         counts = meta['train_tokens'], meta['val_tokens'], meta['val_bytes']
-        if min(counts) < least or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
+        if not whole or min(counts) < least or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
             raise ValueError
         return meta
     except (FileNotFoundError, NotADirectoryError):
@@ -637,7 +640,7 @@ def main(argv=None):
         parser.error('only files takes PATH and --split-line, and only files and downloads take --name')
     if args.corpus not in CORPORA and (args.tokens is not None or args.keep_raw or args.mirror):
         parser.error('only a corpus that is downloaded takes --tokens, --keep-raw and --mirror')
-    if args.tokens is not None and args.tokens < 1 or args.mirror and not re.match('https?://', args.mirror):
+    if args.tokens is not None and args.tokens < 1 or args.mirror is not None and not re.match('https?://', args.mirror):
         parser.error('--tokens must be positive, and --mirror start with https:// or http://')
     if args.check:
         check(args.check, args.root)

@@ -13,6 +13,7 @@ Not in here: text normalisation, learned merges, anything that grows.
 import argparse
 import ast
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -35,6 +36,7 @@ PAD, BOS, EOS, UNK = 0xE000, 0xE001, 0xE002, 0xE003   # <pad> <s> </s> <unk>
 
 HERE = Path(__file__).resolve().parent
 NGRAMS = HERE / 'interface' / 'ngrams.txt'            # the n-grams, one a line in id order
+NGRAMS_DIGEST = 'a8940ebb4eb6e67e'                    # of this list: another one there needs other glyphs too
 GLYPHS = HERE / 'interface' / 'glyphs.npz'            # the picture of every token
 GLYPHS_SHA256 = '51e2320ad26ea467f2cd09ce7b64a3c9eb7cc4ae1f59ac5c3252520c0c0e8436'      # of its bits
 CACHE = HERE / 'data' / 'interface'                   # tables that take seconds to compute are kept here
@@ -62,11 +64,17 @@ def cli(main):
         if hasattr(sys.stdout, 'reconfigure'):
             sys.stdout.reconfigure(errors='replace')  # a model may say what a terminal cannot show
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()                        # here, not at exit, where nothing can be caught any more
+            return result
         except UserError as error:
             message, status = str(error), error.status
+        except BrokenPipeError:                       # `| head -1`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(141)
         except OSError as error:                      # disk full, no permission, ...
-            message, status = f'{error.strerror or error}: {error.filename or "while reading or writing"}', 1
+            full = '; make room on the disk and run the same again, or go on with --resume' * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+            message, status = f'{error.strerror or error}: {error.filename or "while reading or writing"}{full}', 1
         except KeyboardInterrupt:
             message, status = 'interrupted', 130
         print(f'error: {message}' if status != 130 else message, file=sys.stderr)
@@ -84,6 +92,8 @@ def replacing(path):
         with open(beside, 'rb') as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
+    except (OSError, RuntimeError) as error:          # RuntimeError: what torch makes of a failed write
+        raise UserError(f'{path} could not be written ({str(error).splitlines()[0]}): is the disk full? What was there before is still whole') from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -123,6 +133,8 @@ def read_ngrams(ngram_file=NGRAMS):
     if len(grams) != len(NGRAM_IDS) or grams != sorted(set(grams), key=id_order) or not {2, 3} >= set(map(len, grams)):
         raise UserError(f'{ngram_file} must hold {len(NGRAM_IDS):,} distinct n-grams of 2 or 3 characters, one a line, longest first, '
                         'then by code point; restore it or rebuild it with: python substrate.py --count-ngrams')
+    if ngram_file == NGRAMS and (found := digest(*grams)) != NGRAMS_DIGEST:
+        raise UserError(f'{ngram_file} is not the list of NGRAMS_DIGEST: restore it, or, if it was changed on purpose, set that to {found}')
     return grams
 
 def token_texts(ngram_file=NGRAMS):
@@ -256,9 +268,9 @@ class Substrate(nn.Module):
         super().__init__()
         self.name, self.d_model, self.fingerprint = str(name), d_model, fingerprint
         if self.name not in RECIPES and not self.name.endswith(('.npy', '.pt')):
-            raise UserError(f'there is no substrate {self.name!r}: choose {", ".join(RECIPES)}, or a file that ends in .npy or .pt')
+            raise UserError(f'there is no substrate {self.name!r}: choose {", ".join(RECIPES)}, or a file that ends in .npy or .pt', status=2)
         if self.name == 'binary' and d_model % CODE_BITS:
-            raise UserError(f'the binary substrate needs a d_model that is a multiple of {CODE_BITS}, not {d_model}')
+            raise UserError(f'the binary substrate needs a d_model that is a multiple of {CODE_BITS}, not {d_model}', status=2)
         width = CODE_BITS if self.name == 'binary' else d_model
         self.table = nn.Parameter(torch.empty(VOCAB, width, dtype=torch.float32), requires_grad=self.name == 'learned')
 
@@ -334,7 +346,7 @@ def read_table(path, d_model):
 @cli
 def main(argv=None):
     """Describes the interface, or rebuilds its files."""
-    parser = Parser(description='Describes the token interface, or rebuilds it.')
+    parser = Parser(description='Describes the token interface, or rebuilds it.', allow_abbrev=False)
     parser.add_argument('--count-ngrams', action='store_true', help='count the n-grams again and write interface/ngrams.txt')
     parser.add_argument('--draw', metavar='FONT', help='draw the tokens again with GNU Unifont (.otf) and write interface/glyphs.npz')
     args = parser.parse_args(argv)
