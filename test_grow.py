@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import eval_mmlu
 import grow
 import prepare_data
@@ -1623,7 +1624,7 @@ def test_eval_writes_a_row_for_every_question(run, mmlu, capsys):
     saved = json.loads((run / 'eval_mmlu.json').read_text())
     out = capsys.readouterr().out
     assert [(row['subject'], row['index']) for row in saved['rows']] == [(s, i) for s in sorted(SUBJECTS) for i in range(len(SUBJECTS[s]))]
-    assert saved['settings']['checkpoints'] == {str(run / 'latest.pt'): prepare_data.sha256_of(run / 'latest.pt')}
+    assert saved['settings']['checkpoints'] == {str(run / 'latest.pt'): common.sha256_of(run / 'latest.pt')}
     assert saved['summary']['total']['n'] == 12 and saved['summary']['layers'] == 2
     for words in ('12 questions, 3 subject(s)', 'chance: 25.00', 'were cut from the left', 'padding', 'micro', 'macro', 'humanities'):
         assert words in out, words
@@ -1704,7 +1705,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """-> (address, Handler); retries do not wait."""
-    monkeypatch.setattr(prepare_data.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(common.time, 'sleep', lambda seconds: None)
     for name, value in (('files', {}), ('breaks', None), ('ranges', True), ('asked', []), ('faults', [])):
         monkeypatch.setattr(Handler, name, value)
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
@@ -1717,34 +1718,34 @@ def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
     url, handler = server
     body = random.Random(0).randbytes(9 * 2**16)
     handler.files['/a'], handler.breaks = body, 2**16
-    path = prepare_data.download(f'{url}/a', tmp_path / 'new' / 'a', prepare_data.hashlib.sha256(body).hexdigest())
+    path = common.download(f'{url}/a', tmp_path / 'new' / 'a', prepare_data.hashlib.sha256(body).hexdigest())
     assert path.read_bytes() == body and handler.asked == [None] + [f'bytes={k * 2**16}-' for k in range(1, 9)]
-    assert [p.name for p in path.parent.iterdir()] == ['a'] and prepare_data.download(f'{url}/gone', path) == path     # there already
+    assert [p.name for p in path.parent.iterdir()] == ['a'] and common.download(f'{url}/gone', path) == path     # there already
     (tmp_path / 'b.part').write_bytes(body)                                       # killed between the last byte and the rename
-    assert prepare_data.download(f'{url}/a', tmp_path / 'b').read_bytes() == body
+    assert common.download(f'{url}/a', tmp_path / 'b').read_bytes() == body
     (tmp_path / 'c.part').write_bytes(body + b'too much')
     handler.breaks = None
-    assert prepare_data.download(f'{url}/a', tmp_path / 'c').read_bytes() == body
+    assert common.download(f'{url}/a', tmp_path / 'c').read_bytes() == body
     handler.ranges = False                                                        # this server starts again each time
     (tmp_path / 'd.part').write_bytes(b'x' * 10)
-    assert prepare_data.download(f'{url}/a', tmp_path / 'd').read_bytes() == body
+    assert common.download(f'{url}/a', tmp_path / 'd').read_bytes() == body
 
 
 def test_downloads_that_cannot_succeed_say_why(server, tmp_path, monkeypatch):
     url, handler = server
     handler.files['/a'] = b'abc'
     with pytest.raises(substrate.UserError, match='sha256'):
-        prepare_data.download(f'{url}/a', tmp_path / 'a', '0' * 64)
+        common.download(f'{url}/a', tmp_path / 'a', '0' * 64)
     assert not list(tmp_path.iterdir())                                           # what is damaged is not gone on with
     with pytest.raises(substrate.UserError, match='404'):
-        prepare_data.download(f'{url}/none', tmp_path / 'none')
+        common.download(f'{url}/none', tmp_path / 'none')
     handler.files['/long'], handler.breaks, before = b'x' * 1000, 0, len(handler.asked)
     with pytest.raises(substrate.UserError, match='run this again'):
-        prepare_data.download(f'{url}/long', tmp_path / 'long')
-    assert len(handler.asked) - before == prepare_data.TRIES
-    monkeypatch.setattr(prepare_data.shutil, 'disk_usage', lambda path: collections.namedtuple('Usage', 'free')(2))
+        common.download(f'{url}/long', tmp_path / 'long')
+    assert len(handler.asked) - before == common.TRIES
+    monkeypatch.setattr(common.shutil, 'disk_usage', lambda path: collections.namedtuple('Usage', 'free')(2))
     with pytest.raises(substrate.UserError, match='disk'):
-        prepare_data.download(f'{url}/a', tmp_path / 'a')
+        common.download(f'{url}/a', tmp_path / 'a')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1796,7 +1797,7 @@ def test_faults_that_pass(hub, faults):
                                           ('too short', '000.parquet is damaged .* remove it')])
 def test_faults_that_last_are_named_and_nothing_is_lost(hub, tmp_path, fault, words):
     make, whole, handler = hub
-    handler.faults[:] = [fault] * prepare_data.TRIES
+    handler.faults[:] = [fault] * common.TRIES
     refuses(words, make)
     handler.faults.clear()
     if fault == 'too short':                                                      # as the sentence says
