@@ -38,7 +38,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare_data
-from substrate import EOS, VOCAB, Parser, Substrate, UserError, cli, digest, replacing, substrate, tokenizer, tokenizer_fingerprint
+from common import Parser, UserError, cli, clock_time, digest, replacing
+from substrate import EOS, VOCAB, Substrate, substrate, tokenizer, tokenizer_fingerprint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hyperparameters. The command line is made from this block: `layers` is `--layers 9`. A default of None depends on the
@@ -891,10 +892,6 @@ def train(c, given):
     if not RANK:
         report(model, at, batches, c, amp)
     return out
-
-def clock_time(seconds):
-    """Seconds as h:mm:ss."""
-    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
 
 def report(model, at, batches, c, amp):
     """Prints the table of the stages, the n-gram baselines counted on the very tokens the run saw, peak memory, and a sample."""

@@ -524,19 +524,20 @@ def unigram_log_probs(batches):
 @cli
 def main(argv=None):
     """The command line: prepare a data set, or check one."""
-    shared = Parser(add_help=False, allow_abbrev=False)
-    shared.add_argument('--root', default=argparse.SUPPRESS, help='folder of the data sets (data)')
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, parents=[shared])
+    root = Parser(add_help=False)
+    root.add_argument('--root', default=argparse.SUPPRESS, help='folder of the data sets (data)')
+    common = dict(parents=[root], allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, **common)
     parser.add_argument('--check', metavar='NAME', help='compare the shards of a data set with their checksums')
     commands = parser.add_subparsers(dest='corpus', metavar='CORPUS', help=f'stdlib, files, {", ".join(CORPORA)}; CORPUS -h lists the flags of each')
-    commands.add_parser('stdlib', parents=[shared])
-    files = commands.add_parser('files', parents=[shared])
+    commands.add_parser('stdlib', **common)
+    files = commands.add_parser('files', **common)
     files.add_argument('paths', nargs='+', metavar='PATH', help='text files, or folders of them')
     files.add_argument('--name', required=True, help='the data set becomes ROOT/NAME')
     files.add_argument('--split-line', metavar='TEXT', help='a document ends at each line that is TEXT and nothing else')
     for corpus in CORPORA:
-        hub = commands.add_parser(corpus, parents=[shared])
-        hub.add_argument('--name', help='the data set becomes ROOT/NAME (%(prog)s)')
+        hub = commands.add_parser(corpus, **common)
+        hub.add_argument('--name', default=corpus, help='the data set becomes ROOT/NAME (%(default)s)')
         hub.add_argument('--tokens', type=int, metavar='N', help='stop after the document with which there are N training tokens')
         hub.add_argument('--keep-raw', action='store_true', help='leave what was downloaded in ROOT/NAME.raw')
         hub.add_argument('--mirror', metavar='URL', help='ask this server, not the one at https://HOST of the address')

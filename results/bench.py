@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import grow
 import substrate
-from substrate import replacing
+from common import replacing
 
 MONO, EAGER, FULL = ['--monolithic'], ['--no-compile'], ['--no-compile', '--dtype', 'float32']
 CASES = {   # name: (phase of the plan, flags, whether it is the peer)

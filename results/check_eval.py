@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 import torch
 
 import eval_mmlu
-from substrate import Parser, UserError, cli, replacing
+from common import Parser, UserError, cli, replacing
 
 CONTEXT = 2048             # tokens; no prompt is longer, so that neither side cuts
 NEAR = 1e-3                # nats: two float32 computations of one log-probability may differ by so much

@@ -31,7 +31,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import grow
 import prepare_data
-from substrate import VOCAB, Parser, UserError, cli, replacing
+from common import Parser, UserError, cli, replacing
+from substrate import VOCAB
 
 FLAGS = '--layers 9 --layers_per_stage 3 --lora none --d_model 256 --heads 8 --context 256 --batch_tokens 1024'
 LANGUAGES = 'ru', 'zh', 'en'

@@ -20,7 +20,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import grow
-from substrate import Parser, UserError, cli, glyphs, replacing
+from common import Parser, UserError, cli, replacing
+from substrate import glyphs
 
 try:
     import matplotlib

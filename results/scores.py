@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import eval_mmlu
 import grow
-from substrate import Parser, UserError, cli, replacing
+from common import Parser, UserError, cli, replacing
 
 MAIN = dict.fromkeys(eval_mmlu.FILES, 'likelihood') | dict(squad='hit')          # the score of a task that is drawn
 
