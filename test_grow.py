@@ -29,6 +29,7 @@ import eval_mmlu
 import grow
 import prepare_data
 import substrate
+import tasks
 
 REPO = Path(__file__).parent
 UNIFONT = Path(os.environ.get('UNIFONT', '/usr/share/fonts/opentype/unifont/unifont.otf'))
@@ -1465,7 +1466,7 @@ def always(*texts, vocab=substrate.VOCAB):
 
 
 def question(key='C', letters='ABCD', prompt='Question: q?\nOptions: A) 1 B) 2 C) 3 D) 4\nAnswer:', index=0, subject='anatomy'):
-    return eval_mmlu.Question(subject, index, prompt, letters, key)
+    return tasks.Question(subject, index, prompt, letters, key)
 
 
 SUBJECTS = dict(anatomy='ABCC', virology='CDA', philosophy='BCCCD')
@@ -1495,10 +1496,10 @@ def run(here):
 
 
 def test_prompts_are_the_papers(mmlu):
-    first = eval_mmlu.read_task('mmlu', mmlu)[0]
+    first = tasks.read_task('mmlu', mmlu)[0]
     assert first.prompt == 'Question: anatomy test 0, or\n"none"?\nOptions: A) one B) None C) a, b D) 0\nAnswer:'      # None stays a string
     assert (first.subject, first.index, first.letters, first.key) == ('anatomy', 0, 'ABCD', 'A')
-    two = eval_mmlu.read_task('mmlu', mmlu, shots=2)[-1].prompt.split('\n\n')
+    two = tasks.read_task('mmlu', mmlu, shots=2)[-1].prompt.split('\n\n')
     assert [part.partition('\nAnswer:')[2] for part in two] == [' C', ' D', '']
     assert [part[:25] for part in two] == ['Question: virology dev 0,', 'Question: virology dev 1,', 'Question: virology test 2']
 
@@ -1507,7 +1508,7 @@ def test_the_other_tasks_are_read(tmp_path):
     arc = [dict(question='why?', choices=dict(text=['x', 'y', 'z'], label=['1', '2', '3']), answerKey='2'),
            dict(question=dict(stem='how?', choices=[dict(text=t, label=t.upper()) for t in 'abcde']), answerKey='E')]
     (tmp_path / 'ARC-Easy-validation.jsonl').write_text('\n'.join(map(json.dumps, arc)))
-    first, second = eval_mmlu.read_task('arc_easy', tmp_path)
+    first, second = tasks.read_task('arc_easy', tmp_path)
     assert first.prompt == 'Question: why?\nOptions:\nA) x\nB) y\nC) z\nAnswer:' and (first.letters, first.key) == ('ABC', 'B')
     assert second.prompt.endswith('\nE) e\nAnswer:') and (second.letters, second.key) == ('ABCDE', 'E')
     rows, _ = eval_mmlu.score(always('B'), substrate.tokenizer(), [first, second], 64)
@@ -1515,7 +1516,7 @@ def test_the_other_tasks_are_read(tmp_path):
     squad = [dict(question=q, is_impossible=not a, answers=[dict(text=t) for t in a])
              for q, a in (('who?', ['Bo', 'Bo B']), ('when?', []), ('where?', ['in a far country']))]
     (tmp_path / 'dev-v2.0.json').write_text(json.dumps(dict(data=[dict(paragraphs=[dict(context='c', qas=squad)])])))
-    [only] = eval_mmlu.read_task('squad', tmp_path)
+    [only] = tasks.read_task('squad', tmp_path)
     assert only.prompt == 'Context: c\nQuestion: who?\nAnswer:' and only.answers == ['Bo', 'Bo B']
 
 
@@ -1554,7 +1555,7 @@ def test_exact_match_and_f1_by_hand():
                 text = Letters().decode(ids[:t + 1]).rpartition('Answer:')[2]
                 row[t, ord((said + '~' * 20)[len(text)])] = 1
         return logits
-    asked = [eval_mmlu.OpenQuestion('squad', i, f'{"c" * i}\nAnswer:', answers)
+    asked = [tasks.OpenQuestion('squad', i, f'{"c" * i}\nAnswer:', answers)
              for i, answers in enumerate([['Bo', 'bo b'], ['Rome'], ['B. Bo Ng'], ['Oslo']])]
     rows, _ = eval_mmlu.score_open(model, Letters(), asked, 64)
     assert rows[0]['generation'] == (said + '~' * 20)[:eval_mmlu.GENERATED]
@@ -1565,7 +1566,7 @@ def test_exact_match_and_f1_by_hand():
 
 
 def test_a_model_that_prefers_c_scores_the_share_of_c(mmlu):
-    questions = eval_mmlu.read_task('mmlu', mmlu)
+    questions = tasks.read_task('mmlu', mmlu)
     keys = ''.join(SUBJECTS.values())
     rows, _ = eval_mmlu.score(always('C'), substrate.tokenizer(), questions, 256)
     summary = eval_mmlu.summarise(rows)
@@ -1899,27 +1900,27 @@ def test_archives_are_fetched_and_unpacked(server, mmlu, tmp_path, monkeypatch):
     with tarfile.open(fileobj=packed, mode='w') as tar:
         tar.add(mmlu, 'data')
     handler.files['/data.tar'] = packed.getvalue()
-    monkeypatch.setattr(eval_mmlu, 'MMLU_URL', f'{url}/data.tar')
-    monkeypatch.setattr(eval_mmlu, 'MMLU_SHA256', prepare_data.hashlib.sha256(packed.getvalue()).hexdigest())
-    assert eval_mmlu.read_task('mmlu') == eval_mmlu.read_task('mmlu', mmlu) == eval_mmlu.read_task('mmlu')
+    monkeypatch.setattr(tasks, 'MMLU_URL', f'{url}/data.tar')
+    monkeypatch.setattr(tasks, 'MMLU_SHA256', prepare_data.hashlib.sha256(packed.getvalue()).hexdigest())
+    assert tasks.read_task('mmlu') == tasks.read_task('mmlu', mmlu) == tasks.read_task('mmlu')
     assert len(handler.asked) == 1 and [p.name for p in Path('data').iterdir()] == ['mmlu']
     packed, row = io.BytesIO(), dict(question=dict(stem='how?', choices=[dict(text='x', label='A'), dict(text='y', label='B')]), answerKey='B')
     with zipfile.ZipFile(packed, 'w') as file:
         for kind in ('Easy', 'Challenge'):
             file.writestr(f'ARC-V1/ARC-{kind}/ARC-{kind}-Dev.jsonl', json.dumps(row))
     handler.files |= {'/arc.zip': packed.getvalue(), '/dev_rand_split.jsonl': json.dumps(row).encode()}
-    monkeypatch.setattr(eval_mmlu, 'ARC_URL', f'{url}/arc.zip')
-    monkeypatch.setattr(eval_mmlu, 'CSQA_URL', f'{url}/dev_rand_split.jsonl')
+    monkeypatch.setattr(tasks, 'ARC_URL', f'{url}/arc.zip')
+    monkeypatch.setattr(tasks, 'CSQA_URL', f'{url}/dev_rand_split.jsonl')
     for task in ('arc_easy', 'arc_challenge', 'csqa'):
-        assert [(q.subject, q.letters, q.key) for q in eval_mmlu.read_task(task)] == [(task, 'AB', 'B')]
+        assert [(q.subject, q.letters, q.key) for q in tasks.read_task(task)] == [(task, 'AB', 'B')]
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode='w') as tar:
         tar.addfile(tarfile.TarInfo('../outside.txt'))
     handler.files['/data.tar'] = packed.getvalue()
-    monkeypatch.setattr(eval_mmlu, 'MMLU_SHA256', prepare_data.hashlib.sha256(packed.getvalue()).hexdigest())
+    monkeypatch.setattr(tasks, 'MMLU_SHA256', prepare_data.hashlib.sha256(packed.getvalue()).hexdigest())
     eval_mmlu.os.rename('data/mmlu', 'moved')
     with pytest.raises(substrate.UserError, match='cannot be unpacked'):
-        eval_mmlu.read_task('mmlu')
+        tasks.read_task('mmlu')
     assert not Path('outside.txt').exists() and not Path('data/outside.txt').exists() and not Path('data/mmlu').exists()
 
 

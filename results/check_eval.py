@@ -26,6 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 import torch
 
 import eval_mmlu
+import tasks
 from common import Parser, UserError, cli, replacing
 
 CONTEXT = 2048             # tokens; no prompt is longer, so that neither side cuts
@@ -102,7 +103,7 @@ def main(argv=None):
     parser.add_argument('--data', required=True, metavar='DIR', help="folder with MMLU's test/")
     parser.add_argument('--limit', type=int, default=500, help='questions (%(default)s)')
     a = parser.parse_args(argv)
-    every = eval_mmlu.read_task('mmlu', a.data)
+    every = tasks.read_task('mmlu', a.data)
     questions = [every[i * len(every) // a.limit] for i in range(a.limit)]
     model, tokenizer = known_model()
     assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -21,9 +21,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import eval_mmlu
 import grow
+import tasks
 from common import Parser, UserError, cli, replacing
 
-MAIN = dict.fromkeys(eval_mmlu.FILES, 'likelihood') | dict(squad='hit')          # the score of a task that is drawn
+MAIN = dict.fromkeys(tasks.FILES, 'likelihood') | dict(squad='hit')          # the score of a task that is drawn
 
 
 def scored(model, task, data):
