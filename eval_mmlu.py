@@ -28,8 +28,8 @@ import torch
 
 import grow
 from common import Parser, UserError, cli, progress, replacing, sha256_of
-from tasks import FILES, read_task
 from substrate import EOS, tokenizer
+from tasks import FILES, read_task
 
 GENERATED = 16          # tokens of an answer to SQuAD: the answers that are asked for have at most 8 characters
 FILLED = 0.9            # a batch holds no row shorter than this part of its longest, so padding is at most a tenth

@@ -28,6 +28,7 @@ import common
 import eval_mmlu
 import grow
 import prepare_data
+import stdlib_text
 import substrate
 import tasks
 
@@ -512,13 +513,13 @@ def test_val_is_decided_by_the_document_alone(tmp_path, dataset):
 
 
 def test_stdlib_is_prose(tmp_path):
-    assert prepare_data.prose('"""Says\n    what.\n    """\n'
+    assert stdlib_text.prose('"""Says\n    what.\n    """\n'
                               '# x:\n# A comment of two lines that is long enough\n# to be taken for an English sentence.\n'
                               'def f():\n    "Inner."  # no\n    s = """\n# not a comment at all, only a string\n"""\n'
                               '# x = [1, 2, 3, 4, 5]; y = {"a": 1, "b": 2}; z = x[0] + y["a"] * 3.14159\n') == [
         'Says what.', 'x:\nA comment of two lines that is long enough to be taken for an English sentence.', 'Inner.']
-    assert prepare_data.normalised('A \n-----\n\n>>> 1\n1\n\n| t |\n\nB....      C') == 'A\n---\n\nB...   C'
-    first = next(prepare_data.stdlib_documents())
+    assert stdlib_text.normalised('A \n-----\n\n>>> 1\n1\n\n| t |\n\nB....      C') == 'A\n---\n\nB...   C'
+    first = next(stdlib_text.stdlib_documents())
     assert len(first) > 100 and '>>>' not in first
 
 

@@ -32,6 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 import grow
 import prepare_data
 from common import Parser, UserError, cli, replacing
+from stdlib_text import stdlib_documents
 from substrate import VOCAB
 
 FLAGS = '--layers 9 --layers_per_stage 3 --lora none --d_model 256 --heads 8 --context 256 --batch_tokens 1024'
@@ -107,7 +108,7 @@ def documents(language, root):
     """Yields the texts of a language: of fortunes an item, else a page; in English the handbook and the prose of Python's standard library."""
     share, country = root / 'usr/share', dict(ru='ru-RU', zh='zh-CN', en='en-US')[language]
     if language == 'en':
-        yield from prepare_data.stdlib_documents()
+        yield from stdlib_documents()
     else:
         folder = share / 'games/fortunes' / ('ru' if language == 'ru' else '')
         for path in sorted(folder.iterdir()):
