@@ -289,7 +289,7 @@ def prepare_parts(name, parts, source, root='data', limit=None):
         while meta['parts'] < len(parts) and not enough():
             with parts[meta['parts']] as documents:
                 which = f'{name}, file {meta["parts"] + 1} of {len(parts)}'
-                for held_out, n_bytes, ids in progress(encoded(documents), which, lambda document: document[1] / 1e6, 'MB of text', megabytes()):
+                for held_out, n_bytes, ids in progress(encoded(documents), which, lambda document: document[1] / 1e6, 'MB', megabytes()):
                     (val if held_out else train).add(ids, n_bytes)
                     if enough():
                         break

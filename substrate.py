@@ -230,11 +230,12 @@ def read_table(path, d_model):
         raise UserError(f'cannot read the substrate {path} ({reason}); save it with numpy.save, or torch.save as a tensor') from None
     tensors = saved.values() if isinstance(saved, dict) else [saved]
     matrices = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim() == 2]
-    if len(matrices) != 1 or matrices[0].shape != (VOCAB, d_model) or not matrices[0].is_floating_point() or not matrices[0].float().isfinite().all():
+    matrix = matrices[0] if len(matrices) == 1 else torch.empty(0)
+    if matrix.shape != (VOCAB, d_model) or not matrix.is_floating_point() or not matrix.float().isfinite().all():
         found = ' and '.join(f'{len(m)} x {m.shape[1]} of {m.dtype}' for m in matrices) or 'none'
         raise UserError(f'the substrate {path} must hold one matrix, {VOCAB} x {d_model} floats for d_model {d_model}, none of them NaN or infinite '
                         f'in float32; it holds {found}')
-    return matrices[0]
+    return matrix
 
 def substrate(name, d_model, seed=0):
     """The filled Substrate `name`, one of RECIPES or the path of a .npy or .pt file; `seed` is for 'learned' alone. Raises UserError as
@@ -286,8 +287,8 @@ def draw_text(ids, d_model):
         image.paste(part.resize((width, height), Image.Resampling.BOX), (x, y))
         pen.rectangle((x - 1, y - 1, x + width, y + height), outline='#b8c4d0')
 
-    for x, caption in ((10, 'token\n'), (150, 'id\n'), (250, f'its picture,\n{CELL} x {CELL} bits'), (370, f'what is left of it with\n{d_model:,} numbers'),
-                       (542, 'these numbers, most telling first:\nred above zero, blue below')):
+    for x, caption in ((10, 'token\n'), (150, 'id\n'), (250, f'its picture,\n{CELL} x {CELL} bits'),
+                       (370, f'what is left of it with\n{d_model:,} numbers'), (542, 'these numbers, most telling first:\nred above zero, blue below')):
         pen.text((x, 12), caption, 'black', font)
     for y, i, picture, kept, strip in zip(range(56, image.height, 104), ids, left, share, heat):
         label = readable(texts[i])

@@ -1,6 +1,7 @@
-"""The questions that eval_mmlu.py asks: MMLU, ARC, CommonsenseQA and SQuAD, read from the files in which they are published, with the paper's prompts.
+"""The questions that eval_mmlu.py asks: MMLU, ARC, CommonsenseQA and SQuAD, from the files in which they are published, with the paper's prompts.
 
 A prompt ends with `Answer:`, and its context is all a model gets. `read_task` is what the others call: it downloads a task on first use.
+Tasks and prompts are the paper's (section 4), and so is the choice of the 256 first questions of SQuAD with a short answer.
 """
 
 import csv

@@ -1733,9 +1733,26 @@ def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
     assert common.download(f'{url}/a', tmp_path / 'd').read_bytes() == body
 
 
+def test_progress_shows_speed_and_the_time_left(monkeypatch, capsys):
+    clock = iter(range(100))
+    monkeypatch.setattr(common.time, 'monotonic', lambda: next(clock))
+    assert list(common.progress([2, 3, 5], 'a', lambda n: n, 'MB', done=10, total=20)) == [2, 3, 5]
+    lines = capsys.readouterr().err.split('\r')
+    assert [line.strip() for line in lines[1:]] == ['a: 12.0 MB, 2.0 MB/s, 60%, 0:00:04 left', 'a: 15.0 MB, 2.5 MB/s, 75%, 0:00:02 left',
+                                                    'a: 20.0 MB, 3.3 MB/s, 100%, 0:00:00 left']
+    for n in common.progress([1, 2, 3], 'b', lambda n: n, 'MB'):           # no total, and left early
+        if n == 2:
+            break
+    assert capsys.readouterr().err == '\rb: 1.0 MB, 1.0 MB/s  \n'
+
+
 def test_downloads_that_cannot_succeed_say_why(server, tmp_path, monkeypatch):
     url, handler = server
     handler.files['/a'] = b'abc'
+    (tmp_path / 'b.part').touch()
+    with common.locked(tmp_path / 'b.part', 'x'):
+        refuses('another process is downloading', common.download, f'{url}/a', tmp_path / 'b')
+    (tmp_path / 'b.part').unlink()
     with pytest.raises(substrate.UserError, match='sha256'):
         common.download(f'{url}/a', tmp_path / 'a', '0' * 64)
     assert not list(tmp_path.iterdir())                                           # what is damaged is not gone on with
