@@ -21,24 +21,20 @@ import json
 import os
 import re
 import string
-import sys
 import tarfile
 import tempfile
 import time
 import zipfile
 from collections import Counter, namedtuple
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 import grow
 import prepare_data
-from substrate import EOS, Parser, UserError, cli, replacing, tokenizer
+from substrate import EOS, Parser, UserError, cli, replacing, sha256_of, tokenizer
 
-LETTERS = 'ABCDE'
 GENERATED = 16          # tokens of an answer to SQuAD: the answers that are asked for have at most 8 characters
-SQUAD_ITEMS, SQUAD_LONGEST = 256, 8
 FILLED = 0.9            # a batch holds no row shorter than this part of its longest, so padding is at most a tenth
 
 # MMLU's categories as its authors group the subjects; all others are 'other': business, health, miscellaneous (14 subjects)
@@ -54,9 +50,13 @@ CATEGORIES = {
 CATEGORY = {subject: category for category, subjects in CATEGORIES.items() for subject in subjects.split()}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The questions. A prompt ends with `Answer:`, its context is all a model gets; letters is 'ABCD' or as many as there are options
+# The questions. A prompt ends with `Answer:`, its context is all a model gets. Tasks and prompts are the paper's (section 4), and so is the
+# choice of the 256 first questions of SQuAD with a short answer
 
-Question = namedtuple('Question', 'subject index prompt letters key')
+LETTERS = 'ABCDE'
+SQUAD_ITEMS, SQUAD_LONGEST = 256, 8
+
+Question = namedtuple('Question', 'subject index prompt letters key')          # letters: 'ABCD', or as many as there are options
 OpenQuestion = namedtuple('OpenQuestion', 'subject index prompt answers')
 
 def mmlu_prompt(question, options):
@@ -136,22 +136,20 @@ SQUAD_URL = 'https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json'
 def fetch(task, root):
     """Downloads a task to root/mmlu, root/arc, root/csqa or root/squad. Archives are unpacked beside their folder, which is whole or absent."""
     folder = root / Path(FILES[task]).parts[0]
-    if task in ('csqa', 'squad'):
-        url = CSQA_URL if task == 'csqa' else SQUAD_URL
+    if url := dict(csqa=CSQA_URL, squad=SQUAD_URL).get(task):
         prepare_data.download(url, folder / url.rpartition('/')[2])
         return
     if folder.exists():
         raise UserError(f'{folder} exists but lacks {FILES[task]}: restore or remove it, or name another folder with --data')
-    archive = root / ('mmlu.tar' if task == 'mmlu' else 'arc.zip')
-    prepare_data.download(*((MMLU_URL, archive, MMLU_SHA256) if task == 'mmlu' else (ARC_URL, archive)))
+    archive = prepare_data.download(MMLU_URL, root / 'mmlu.tar', MMLU_SHA256) if task == 'mmlu' else prepare_data.download(ARC_URL, root / 'arc.zip')
     with tempfile.TemporaryDirectory(dir=root) as beside:
         unpacked = Path(beside) / 'data'              # as it is named in the MMLU archive
+        unpacked.mkdir()
         try:
             if task == 'mmlu':
                 with tarfile.open(archive) as tar:
                     tar.extractall(beside, filter='data')                      # refuses members that would land elsewhere
             else:
-                unpacked.mkdir()
                 with zipfile.ZipFile(archive) as file:
                     for kind in ('Easy', 'Challenge'):
                         [member] = (name for name in file.namelist() if name.endswith(f'/ARC-{kind}-Dev.jsonl'))
@@ -177,12 +175,8 @@ def read_task(task, data=None, shots=0):
     return questions
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scoring. `model` is any callable from token ids (int64, B x T) to logits (B, T, V) with causal attention; `encoding` has decode, and
-# encode_ordinary or encode. A model with `hidden` and `head` (grow.py's) has its head computed only where it is read
-
-def encoder(encoding):
-    """The function of `encoding` that turns text into token ids, whatever the text spells."""
-    return getattr(encoding, 'encode_ordinary', None) or encoding.encode
+# Scoring. `model` is any callable from token ids (int64, B x T) to logits (B, T, V) with causal attention; `encoding` has encode and
+# decode. A model with `hidden` and `head` (grow.py's) has its head computed only where it is read
 
 def batches(lengths, batch_tokens):
     """Yields lists of indices into `lengths`, longest first: together at most batch_tokens with padding, and of similar length."""
@@ -213,37 +207,34 @@ def read_logits(model, windows, reads=1, device='cpu', amp=contextlib.nullcontex
 def split_options(encoding, question):
     """-> (tokens that all options share, how many of them the prompt has, one last token for each option). Our tokenizer's " A" is a space
     and a letter, so the space is shared and one pass serves all options; where " A" is one token the prompt alone is shared."""
-    encode = encoder(encoding)
-    prompt, whole = encode(question.prompt), [encode(f'{question.prompt} {letter}') for letter in question.letters]
+    prompt, *whole = map(encoding.encode, [question.prompt, *(f'{question.prompt} {letter}' for letter in question.letters)])
     shared = os.path.commonprefix(whole)              # of any sequences, not of paths alone
     if shared[:len(prompt)] != prompt or any(len(tokens) != len(shared) + 1 for tokens in whole):
         raise ValueError('options must differ in one token, and a prompt must be encoded alike with and without an answer')
     return shared, len(prompt), [tokens[-1] for tokens in whole]
 
-def progress(plan, lengths, name):
-    """Yields the batches of `plan`, and shows on stderr, under `name`, how many tokens are done and the time that is left."""
-    done, total, start, shown = 0, sum(lengths), time.monotonic(), 0
-    for batch in plan:
-        yield batch
-        done, now = done + sum(lengths[i] for i in batch), time.monotonic()
-        if name and (now > shown + 0.5 or done == total):
-            shown, left = now, timedelta(seconds=int((now - start) * (total - done) / done))
-            print(f'\r{name}: {done / total:.0%}, {left} left  ', end='\n' if done == total else '', file=sys.stderr, flush=True)
-
 def padding(plan, lengths):
     """The share of padding in all tokens that pass the model."""
     return 1 - sum(lengths) / sum(len(batch) * lengths[batch[0]] for batch in plan)
 
-def score(model, encoding, questions, context, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), name=None):
+def in_batches(answer, lengths, batch_tokens, name):
+    """-> (the rows of all questions, in order, and the share of padding): answer(batch), a list of indices, gives the rows of those. `lengths`:
+    tokens of each. Shows progress under `name`."""
+    plan, rows = list(batches(lengths, batch_tokens)), [None] * len(lengths)
+    for batch in prepare_data.progress(plan, name, lambda batch: sum(lengths[i] for i in batch) / 1e3, 'k tokens', total=sum(lengths) / 1e3):
+        for i, row in zip(batch, answer(batch)):
+            rows[i] = row
+    return rows, padding(plan, lengths)
+
+def score(model, encoding, questions, context, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), name='scored'):
     """Scores Questions by likelihood and by letter -> (rows, share of padding). A row is a dict: subject, index, key, choice (the likeliest
     option), letter (text of the likeliest next token), cut (did the prompt exceed `context` tokens? then its left is missing), logps
-    (log-probability of " A", " B", ... in nats), and scores, 0 or 1 each. `name`: of the progress shown."""
+    (log-probability of " A", " B", ... in nats), and scores, 0 or 1 each."""
     parts = [split_options(encoding, question) for question in questions]
     windows = [shared[-context:] for shared, _, _ in parts]
-    lengths, rows = [len(window) for window in windows], [None] * len(questions)
-    plan = list(batches(lengths, batch_tokens))
     reads = 1 + max(len(shared) - prompt for shared, prompt, _ in parts)
-    for batch in progress(plan, lengths, name):
+
+    def answer(batch):
         logps = read_logits(model, [windows[i] for i in batch], reads, device, amp).log_softmax(-1)         # B, reads, V
         for i, logp in zip(batch, logps):
             (shared, prompt, last), q = parts[i], questions[i]
@@ -251,9 +242,9 @@ def score(model, encoding, questions, context, batch_tokens=8192, device='cpu', 
             common = sum(logp[k, token].item() for k, token in enumerate(shared[prompt:]))
             options = [common + x for x in logp[-1, last].tolist()]
             choice, letter = q.letters[options.index(max(options))], encoding.decode([logp[0].argmax().item()])
-            rows[i] = dict(subject=q.subject, index=q.index, key=q.key, choice=choice, letter=letter, cut=len(shared) > context,
-                           logps=[round(x, 5) for x in options], scores=dict(likelihood=int(choice == q.key), letter=int(letter.strip() == q.key)))
-    return rows, padding(plan, lengths)
+            yield dict(subject=q.subject, index=q.index, key=q.key, choice=choice, letter=letter, cut=len(shared) > context,
+                       logps=[round(x, 5) for x in options], scores=dict(likelihood=int(choice == q.key), letter=int(letter.strip() == q.key)))
+    return in_batches(answer, [len(window) for window in windows], batch_tokens, name)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SQuAD: hit is the paper's score, exact match and F1 are SQuAD's own
@@ -270,13 +261,12 @@ def f1(answer, text):
         return float(a == b)
     return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b))
 
-def score_open(model, encoding, questions, context, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), name=None, eos=EOS):
-    """Answers OpenQuestions by 16 greedy tokens, up to `eos` -> (rows, share of padding). hit: the first answer is a substring of what was
+def score_open(model, encoding, questions, context, batch_tokens=8192, device='cpu', amp=contextlib.nullcontext(), name='answered'):
+    """Answers OpenQuestions by 16 greedy tokens, up to </s> -> (rows, share of padding). hit: the first answer is a substring of what was
     generated (paper). Exact match and F1 look at its first line alone, and take the best of all answers that SQuAD gives."""
-    prompts = [encoder(encoding)(question.prompt) for question in questions]
-    lengths, rows = [min(len(prompt), context) for prompt in prompts], [None] * len(questions)
-    plan = list(batches(lengths, batch_tokens))
-    for batch in progress(plan, lengths, name):
+    prompts = [encoding.encode(question.prompt) for question in questions]
+
+    def answer(batch):
         texts = [list(prompts[i]) for i in batch]
         for _ in range(GENERATED):
             logits = read_logits(model, [ids[-context:] for ids in texts], 1, device, amp)                  # B, 1, V
@@ -284,12 +274,12 @@ def score_open(model, encoding, questions, context, batch_tokens=8192, device='c
                 ids.append(token)
         for i, ids in zip(batch, texts):
             q, ids = questions[i], ids[len(prompts[i]):]
-            text = encoding.decode(ids[:ids.index(eos)] if eos in ids else ids)
+            text = encoding.decode(ids[:ids.index(EOS)] if EOS in ids else ids)
             line = text.strip().partition('\n')[0]
-            scores = dict(hit=int(q.answers[0] in text), exact_match=int(any(words(answer) == words(line) for answer in q.answers)),
-                          f1=max(f1(answer, line) for answer in q.answers))
-            rows[i] = dict(subject=q.subject, index=q.index, answers=q.answers, generation=text, cut=len(prompts[i]) > context, scores=scores)
-    return rows, padding(plan, lengths)
+            scores = dict(hit=int(q.answers[0] in text), exact_match=int(any(words(x) == words(line) for x in q.answers)),
+                          f1=max(f1(x, line) for x in q.answers))
+            yield dict(subject=q.subject, index=q.index, answers=q.answers, generation=text, cut=len(prompts[i]) > context, scores=scores)
+    return in_batches(answer, [min(len(prompt), context) for prompt in prompts], batch_tokens, name)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Summary
@@ -348,7 +338,7 @@ def evaluate(model, sources, target, questions, a, c, amp):
     seconds = time.monotonic() - start
     summary = dict(summarise(rows), layers=len(model.blocks), context=context, padding=waste, seconds=seconds)
     settings = dict(task=a.task, shots=a.shots, limit=a.limit, batch_tokens=a.batch_tokens, device=c.device, dtype=c.dtype,
-                    torch=str(torch.__version__), checkpoints={str(path): prepare_data.sha256_of(path) for path in sources})
+                    torch=str(torch.__version__), checkpoints={str(path): sha256_of(path) for path in sources})
     with replacing(target) as path:
         path.write_text(json.dumps(dict(settings=settings, summary=summary, rows=rows)), encoding='utf-8')
     print_summary(summary, context)
@@ -356,7 +346,8 @@ def evaluate(model, sources, target, questions, a, c, amp):
     return summary
 
 def targets(a):
-    """What to score: [(checkpoint file, file of its result)]. An OUT is the folder of a run, or a checkpoint in it."""
+    """What to score: [(checkpoint files, file of their result)], several checkpoints where experts are merged. An OUT is the folder of a run,
+    or a checkpoint in it."""
     files = [Path(out) / 'latest.pt' if Path(out).is_dir() else Path(out) for out in a.out]
     if a.all_stages:
         files = sorted(files[0].parent.glob('stage_*.pt'), key=lambda path: int(re.sub(r'\D', '', path.stem) or 0))
@@ -365,7 +356,9 @@ def targets(a):
     for path in files:
         if not path.is_file():
             raise UserError(f'{path} does not exist: OUT must be the folder of a run, or a checkpoint in it')
-    return [(path, path.parent / f'eval_{a.task}{"" if path.stem == "latest" else "_" + path.stem}.json') for path in files]
+    if len(a.out) > 1:
+        return [(files, files[0].parent / f'eval_{a.task}_merged.json')]
+    return [([path], path.parent / f'eval_{a.task}{"" if path.stem == "latest" else "_" + path.stem}.json') for path in files]
 
 @cli
 def main(argv=None):
@@ -388,21 +381,17 @@ def main(argv=None):
     if a.all_stages and len(a.out) > 1:
         parser.error('--all_stages takes one OUT')
     c, _ = grow.configure(['--device', a.device, '--dtype', a.dtype, '--no-compile'])
-    files = targets(a)
+    files, depths = targets(a), []
     questions = read_task(a.task, a.data, a.shots)
     n = min(a.limit or len(questions), len(questions))
     questions = [questions[i * len(questions) // n] for i in range(n)]
     print(f'{a.task}, {a.shots}-shot: {n:,} questions, {len({q.subject for q in questions})} subject(s)')
-    amp, depths = grow.set_up(c), []
-    if len(files) > 1 and not a.all_stages:
-        c.moe = a.out
-        target = files[0][1].with_name(f'eval_{a.task}_merged.json')
-        evaluate(grow.merge_experts(c), [path for path, _ in files], target, questions, a, c, amp)
-        return
-    for path, target in files:
-        print(f'\n{path}')
-        summary = evaluate(grow.load_model(path, c.device), [path], target, questions, a, c, amp)
-        depths.append(dict(checkpoint=path.name, layers=summary['layers'], **cells(summary['total'])))
+    amp = grow.set_up(c)
+    for paths, target in files:
+        print('\n' + ' + '.join(map(str, paths)))
+        c.moe = paths
+        summary = evaluate(grow.load_model(*paths, c.device) if len(paths) == 1 else grow.merge_experts(c), paths, target, questions, a, c, amp)
+        depths.append(dict(checkpoint=paths[0].name, layers=summary['layers'], **cells(summary['total'])))
     if a.all_stages:
         print('\nscore by depth, in percent' + (f'; chance {100 * summary["chance"]:.2f}' if summary['chance'] else ''))
         grow.table(depths)

@@ -13,15 +13,15 @@ and a meta.json. One token is one uint16, and every document is followed by the 
 Whatever stops a download, the same command again goes on: with the download where it stopped, with the shards after the last whole file of the
 corpus. The shards come out the same, byte for byte, however often it was stopped and on however many cores it runs.
 
-The first half of this file writes; the second is what training reads with: `Dataset`, `Batches`, `val_batches`, and the n-gram baselines
-that a language model has to beat. There is no loader with hidden state: the batch of a step is a pure function of (seed, step).
+From `Dataset` on this file is what training reads with: `Batches`, `val_batches`, and the n-gram baselines that a language model has to beat.
+There is no loader with hidden state: the batch of a step is a pure function of (seed, step).
 """
 
 import argparse
 import ast
 import collections
 import contextlib
-import fcntl
+import fcntl                                          # Linux and macOS
 import gzip
 import hashlib
 import inspect
@@ -37,13 +37,14 @@ import time
 import tokenize
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import requests
 import torch
 
-from substrate import EOS, VOCAB, Parser, UserError, cli, digest, replacing, tokenizer, tokenizer_fingerprint
+from substrate import EOS, VOCAB, Parser, UserError, cli, digest, replacing, sha256_of, tokenizer, tokenizer_fingerprint
 
 SHARD = 2**27              # tokens in a shard: 256 MB
 WHOLE = 64 * 2**10         # bytes: a text file of at most this size is one document ...
@@ -59,16 +60,15 @@ HUB = 'https://huggingface.co/datasets'
 CORPORA = {                # address, with a place for the number of a file, and how many files there are
     'fineweb-edu': (HUB + '/HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/{:03}_00000.parquet', 14),                             # 2.2 GB each
     'cosmopedia': (HUB + '/HuggingFaceTB/smollm-corpus/resolve/main/cosmopedia-v2/train-{:05}-of-00104.parquet', 104),                # 1.2 GB each
-    'wikipedia-en': (HUB + '/wikimedia/wikipedia/resolve/main/20231101.en/train-{:05}-of-00041.parquet', 41),
-    'wikipedia-ru': (HUB + '/wikimedia/wikipedia/resolve/main/20231101.ru/train-{:05}-of-00021.parquet', 21),
-    'wikipedia-zh': (HUB + '/wikimedia/wikipedia/resolve/main/20231101.zh/train-{:05}-of-00006.parquet', 6),
+    **{f'wikipedia-{language}': (f'{HUB}/wikimedia/wikipedia/resolve/main/20231101.{language}/train-{{:05}}-of-{files:05}.parquet', files)
+       for language, files in (('en', 41), ('ru', 21), ('zh', 6))},
     'shakespeare': ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt', 1,
                     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Documents of the standard library, text that every Python brings along. Docstrings, comments and help topics are prose;
-# the code between them would mostly teach a small model indentation. Python 3.11 gives 656 documents, 2.9 MB, 1.7 M tokens, in 5 s.
+# The text that every Python brings along: the docstrings, comments and help topics of its standard library, which are prose. The code between
+# them would mostly teach a small model indentation. Python 3.11 gives 656 documents, 2.9 MB, 1.7 M tokens, in 5 s
 
 def normalised(text):
     """Plain prose: lines wrapped in mid-sentence are joined, paragraphs with interactive examples or tables left out, runs of blanks or
@@ -124,6 +124,104 @@ def stdlib_documents():
         yield normalised(topics[key])
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Long work that others may be doing too, and may want to watch
+
+@contextlib.contextmanager
+def locked(path, doing):
+    """Keeps `path`, a file or a folder, to this process until the block ends, or the process dies. Raises UserError if another one has it:
+    `doing` says what that one is doing."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f'another process is {doing}; wait until it is done') from None
+    finally:
+        os.close(handle)
+
+def progress(items, name, size, unit, done=0, total=None):
+    """Yields `items`, and twice a second shows on stderr, under `name`, how much has passed and how fast. `size(item)` is in units, and so are
+    `done`, what was there before, and `total`, with which the share and the time that is left are shown too."""
+    start, before, shown = time.monotonic(), done, 0
+    try:
+        for item in items:
+            yield item
+            done, now = done + size(item), time.monotonic()
+            if now > shown + 0.5 or done == total:
+                shown, speed = now, (done - before) / (now - start + 1e-9)
+                left = f', {done / total:.0%}, {timedelta(seconds=int((total - done) / (speed + 1e-9)))} left' if total else ''
+                print(f'\r{name}: {done:,.1f} {unit}, {speed:,.1f} {unit}/s{left}  ', end='', file=sys.stderr, flush=True)
+    finally:
+        if shown:
+            print(file=sys.stderr)                    # what comes next, be it an error, begins its own line
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads: gigabytes over lines that break
+
+TRIES = 6                  # attempts in a row that bring nothing new, 2, 4, 8, 16 and 32 seconds apart
+
+class Interrupted(Exception):
+    """An attempt that failed in a way the next one may not."""
+
+def download(url, path, sha256=None):
+    """Downloads `url` to `path`, unless it is there; -> path, a Path. A broken attempt leaves path.part, with which the next one goes on.
+    Size and, where given, sha256 are checked before the file gets its name. Raises UserError."""
+    path = Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + '.part')
+    part.touch()
+    with locked(part, f'downloading {path}'), open(part, 'ab') as f:
+        tries, longest = 0, 0
+        while True:
+            try:
+                download_rest(url, f, path.name)
+                break
+            except (Interrupted, requests.RequestException) as error:
+                arrived = f.seek(0, os.SEEK_END)
+                tries, longest = 1 if arrived > longest else tries + 1, max(arrived, longest)         # what brings bytes is no failure
+                why = str(error) if isinstance(error, Interrupted) else f'no connection, or it broke off: {type(error).__name__}'
+                if tries == TRIES:
+                    raise UserError(f'{url} could not be downloaded ({why}); what arrived is in {part}, run this again to go on') from None
+                print(f'{path.name}: {why}; next attempt in {2 ** tries} s', file=sys.stderr)
+                time.sleep(2 ** tries)
+        f.flush()
+        os.fsync(f.fileno())
+        if sha256 and (found := sha256_of(part)) != sha256:
+            part.unlink()
+            raise UserError(f'{url} arrived damaged or is another file by now (sha256 {found}, not {sha256}): run this again, or get it elsewhere')
+        os.replace(part, path)
+    return path
+
+def download_rest(url, f, name):
+    """One attempt: asks for what comes after the bytes that f holds, and appends it. Raises Interrupted where another attempt may help."""
+    have = f.seek(0, os.SEEK_END)
+    headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})     # identity: bytes as they are counted
+    with requests.get(url, headers=headers, stream=True, timeout=(20, 60)) as answer:
+        status, span = answer.status_code, answer.headers.get('Content-Range', '')                # of 300 bytes: bytes 100-299/300, or bytes */300
+        if status == 416 and span == f'bytes */{have}':                                           # nothing comes after: complete
+            return
+        if status == 416 or status == 206 and not span.startswith(f'bytes {have}-'):
+            f.truncate(0)
+            raise Interrupted('the server cannot go on where the last attempt stopped, so it starts again')
+        if status in (408, 429) or status >= 500:
+            raise Interrupted(f'the server answers {status} {answer.reason}')
+        if status not in (200, 206):
+            raise UserError(f'{url} answers {status} {answer.reason}; download {name} with a browser, or give another source')
+        if status == 200:                                                                         # the whole file, whatever was asked for
+            f.truncate(0)
+            have = 0
+        length = int(answer.headers.get('Content-Length', 0))                                     # of what comes now; 0: unknown
+        if length > (free := shutil.disk_usage(Path(f.name).parent).free):
+            raise UserError(f'{name} needs {length / 1e6:,.0f} MB more and the disk has {free / 1e6:,.0f} MB left; make room')
+        blocks = answer.iter_content(2**16)                                                       # a block that breaks off is lost
+        for block in progress(blocks, name, lambda block: len(block) / 1e6, 'MB', have / 1e6, (have + length) / 1e6 if length else None):
+            f.write(block)
+        if length and (got := f.seek(0, os.SEEK_END)) != have + length:
+            raise Interrupted(f'{got:,} bytes arrived of {have + length:,}')
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Documents of files, read bit by bit: a file may be larger than the memory
 
 @contextlib.contextmanager
@@ -134,10 +232,6 @@ def opened(path):
             yield f
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise UserError(f'{path} is cut short or damaged (gzip -t says the same); get it again') from None
-
-def numbered_lines(f):
-    """Lines of a binary file with their numbers from 1, none longer than LONGEST + 1 bytes."""
-    return enumerate(iter(lambda: f.readline(LONGEST + 1), b''), start=1)
 
 def decoded(raw, path, first_line):
     """Bytes as UTF-8 text. Raises UserError with file and line where they are not."""
@@ -153,7 +247,7 @@ def text_documents(path, split_line=None):
     with opened(path) as f:
         room = PIECE if split_line is None and len(f.read(WHOLE + 1)) > WHOLE else LONGEST
         f.seek(0)
-        for number, line in numbered_lines(f):
+        for number, line in enumerate(iter(lambda: f.readline(LONGEST + 1), b''), start=1):
             ends = split_line is not None and line.rstrip(b'\r\n') == split_line.encode()
             if not ends:
                 held.append(line)
@@ -168,9 +262,7 @@ def text_documents(path, split_line=None):
 def jsonl_documents(path):
     """Yields the "text" of each row."""
     with opened(path) as f:
-        for number, line in numbered_lines(f):
-            if len(line) > LONGEST:
-                raise UserError(f'{path}, line {number}: a row of over {LONGEST >> 20} MiB; split it')
+        for number, line in enumerate(f, start=1):
             row = decoded(line, path, number)
             if row.strip():
                 try:
@@ -199,37 +291,63 @@ def parquet_documents(path):
         reason = str(error).partition('\n')[0]
         raise UserError(f'{path} is damaged or has no column "text" of strings ({reason}); remove it and get it again') from None
 
-def ending(path):
-    """What the name of a file ends in, '.txt' for a.txt and for a.txt.gz."""
-    return Path(path.name.removesuffix('.gz')).suffix
-
 def documents_of(path, split_line=None):
-    """The documents of a file, read as its ending says, and as text if that says nothing."""
-    kinds = {'.jsonl': jsonl_documents, '.parquet': parquet_documents}
-    return kinds[ending(path)](path) if ending(path) in kinds else text_documents(path, split_line)
+    """The documents of a file, read as its name says, and as text if that says nothing."""
+    if path.name.endswith('.parquet'):
+        return parquet_documents(path)
+    return jsonl_documents(path) if path.name.endswith(('.jsonl', '.jsonl.gz')) else text_documents(path, split_line)
 
 def file_documents(paths, split_line=None):
     """The documents of files, whatever their ending, and of folders, recursively by ENDINGS and sorted."""
     files = []
     for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(p for p in path.rglob('*') if ending(p) in ENDINGS and p.is_file())
+        found = [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.name.removesuffix('.gz').endswith(ENDINGS) and p.is_file())
         if not found:
             raise UserError(f'{path} is neither a file nor a folder with {" ".join(ENDINGS)} files in it; give the path of some text')
         files += found
-    if any(ending(path) == '.parquet' for path in files):
+    if any(path.suffix == '.parquet' for path in files):
         parquet()                                      # complains before anything is written
     return (text for path in files for text in documents_of(path, split_line))
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing shards
+# A data set on the disk: what its meta.json says, and whether its shards are as it says
 
-def sha256_of(path):
-    """Hex digest of a file, read in parts."""
-    sha = hashlib.sha256()
-    with open(path, 'rb') as f:
-        for block in iter(lambda: f.read(2**20), b''):
-            sha.update(block)
-    return sha.hexdigest()
+def read_meta(folder, least=1):
+    """The meta.json of a data set, a dict. Raises UserError if it is missing or broken, or counts less than `least` of anything."""
+    try:
+        meta = json.loads((folder / 'meta.json').read_text())
+        whole = meta.pop('digest', None) in (None, digest(json.dumps(meta)))      # None: an older data set
+        counts = meta['train_tokens'], meta['val_tokens'], meta['val_bytes']
+        if not whole or min(counts) < least or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
+            raise ValueError
+        return meta
+    except (FileNotFoundError, NotADirectoryError):
+        command = folder.name if folder.name in ('stdlib', *CORPORA) else f'files --name {folder.name} PATH...'
+        raise UserError(f'there is no data set {folder}; make it with: python prepare_data.py {command}') from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{folder / "meta.json"} is broken; remove {folder} and prepare it again') from None
+
+def open_shard(path, tokens):
+    """A shard, memory-mapped. Only its size is looked at here; `check` reads every byte."""
+    try:
+        shard = np.lib.format.open_memmap(path, mode='r')
+        if shard.dtype != np.uint16 or shard.shape != (tokens,) or path.stat().st_size != shard.offset + 2 * tokens:
+            raise ValueError
+        return shard
+    except (ValueError, EOFError, FileNotFoundError):
+        raise UserError(f'{path} is missing, cut short or not what meta.json describes; remove {path.parent} and prepare it again') from None
+
+def check(name, root='data'):
+    """Compares every shard with its sha256 in meta.json."""
+    folder = Path(root) / name
+    shards = read_meta(folder)['shards']
+    bad = [file for file, shard in shards.items() if not (folder / file).is_file() or sha256_of(folder / file) != shard['sha256']]
+    if bad:
+        raise UserError(f'damaged or missing in {folder}: {", ".join(bad)}; remove the folder and prepare it again')
+    print(f'{folder}: all {len(shards)} shards are as they were written')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing shards
 
 def encoded(documents):
     """Yields (held out?, UTF-8 bytes, ids with </s>) of each document that is not blank, in order, tokenized on all cores. Threads will do:
@@ -287,82 +405,85 @@ def new_folder(folder):
     meta.json in it, which says what of it is good."""
     beside = folder.with_name(f'.{folder.name}.tmp')
     beside.mkdir(parents=True, exist_ok=True)
-    lock = os.open(beside, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f'another process is preparing {folder}; wait until it is done') from None
-    try:
-        yield beside
-        os.rename(beside, folder)
-    finally:
-        if not (beside / 'meta.json').exists():
-            shutil.rmtree(beside, ignore_errors=True)
-        os.close(lock)
+    with locked(beside, f'preparing {folder}'):
+        try:
+            yield beside
+            os.rename(beside, folder)
+        finally:
+            if not (beside / 'meta.json').exists():
+                shutil.rmtree(beside, ignore_errors=True)
 
-def prepare(name, documents, source, root='data'):
-    """Writes the data set root/name from an iterable of strings; returns its meta, a dict. `source` says where the text is from."""
-    return prepare_parts(name, [contextlib.nullcontext(documents)], source, root)
+def begin(beside, options):
+    """The meta of a new data set, or of one that was begun in the folder `beside`, where whatever no meta.json counts is removed: it is of the
+    part in which somebody was killed. Raises UserError if that one was begun with other `options`, a dict."""
+    meta = options | dict(python=platform.python_version(), parts=0, shards={})
+    meta |= dict.fromkeys(('documents', 'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes'), 0)
+    if (beside / 'meta.json').exists():
+        meta = read_meta(beside, least=0)
+        if not options.items() <= meta.items():
+            raise UserError(f'{beside} was begun from {meta["source"]!r} with a limit of {meta.get("limit")} tokens, or with another tokenizer; '
+                            'give the same command to go on, remove it to start again, or choose another --name')
+        print(f'going on after {meta["parts"]} whole files', file=sys.stderr)
+    for file, shard in meta['shards'].items():
+        open_shard(beside / file, shard['tokens'])
+    for path in beside.iterdir():
+        if path.name not in ('meta.json', *meta['shards']):
+            path.unlink()
+    return meta
 
 def prepare_parts(name, parts, source, root='data', limit=None):
-    """Like `prepare`, from a list of context managers that each give an iterable of strings. A part is left when its shards are on the disk
-    and meta.json says so: when a call was stopped, the next one goes on after the last whole part and ends in the same bytes. `limit`: stop
-    after the first document with which there are so many training tokens, and SMALLEST validation tokens. Raises UserError."""
+    """Writes the data set root/name from a list of context managers that each give an iterable of strings; returns its meta, a dict. `source`
+    says where the text is from. A part is left when its shards are on the disk and meta.json says so: when a call was stopped, the next one
+    goes on after the last whole part and ends in the same bytes. `limit`: stop after the first document with which there are so many training
+    tokens, and SMALLEST validation tokens. Raises UserError."""
     folder, start = Path(root) / name, time.time()
     if not re.fullmatch(r'\w[\w.-]*', name):
         raise UserError(f'{name!r} does not name a folder; use letters, digits, - and _ for --name', status=2)
     if folder.exists():
         raise UserError(f'{folder} exists already; remove it, or choose another --name')
     with new_folder(folder) as beside:
-        record, options = beside / 'meta.json', dict(source=source, limit=limit, tokenizer=tokenizer_fingerprint())
-        meta = options | dict(python=platform.python_version(), parts=0, shards={})
-        meta |= dict.fromkeys(('documents', 'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes'), 0)
-        if record.exists():
-            meta = read_meta(beside, least=0)
-            if not options.items() <= meta.items():
-                raise UserError(f'{folder} was begun from {meta["source"]!r} with a limit of {meta.get("limit")} tokens, or with another tokenizer; '
-                                f'give the same command to go on, remove {beside} to start again, or choose another --name')
-            print(f'{name}: going on after {meta["parts"]} of {len(parts)} files', file=sys.stderr)
-        for file, shard in meta['shards'].items():
-            open_shard(beside / file, shard['tokens'])
-        for path in beside.iterdir():                  # of the part in which somebody was killed, who lost the lock with his life
-            if path != record and path.name not in meta['shards']:
-                path.unlink()
+        meta = begin(beside, dict(source=source, limit=limit, tokenizer=tokenizer_fingerprint()))
         train, val = (ShardWriter(beside, split, meta) for split in ('train', 'val'))
+
+        def megabytes():
+            return (meta['train_bytes'] + meta['val_bytes']) / 1e6
 
         def enough():
             return limit is not None and meta['train_tokens'] >= limit and meta['val_tokens'] >= SMALLEST
         while meta['parts'] < len(parts) and not enough():
             with parts[meta['parts']] as documents:
-                begun = shown = time.time()
-                before = meta['train_bytes'] + meta['val_bytes']
-                for held_out, n_bytes, ids in encoded(documents):
+                which = f'{name}, file {meta["parts"] + 1} of {len(parts)}'
+                for held_out, n_bytes, ids in progress(encoded(documents), which, lambda document: document[1] / 1e6, 'MB', megabytes()):
                     (val if held_out else train).add(ids, n_bytes)
-                    if (now := time.time()) > shown + 0.5:
-                        shown, total = now, meta['train_bytes'] + meta['val_bytes']
-                        print(f'\r{name}: file {meta["parts"] + 1} of {len(parts)}, {total / 1e6:,.1f} MB of text, '
-                              f'{(total - before) / 1e6 / (now - begun + 1e-9):.1f} MB/s  ', end='', file=sys.stderr, flush=True)
                     if enough():
                         break
-                print(file=sys.stderr)
                 train.flush()
                 val.flush()
                 meta['parts'] += 1
-                with replacing(record) as path:
+                with replacing(beside / 'meta.json') as path:
                     path.write_text(json.dumps(meta | {'digest': digest(json.dumps(meta))}, indent=1))
         if min(meta['train_tokens'], meta['val_tokens']) < SMALLEST:
-            record.unlink(missing_ok=True)
+            (beside / 'meta.json').unlink(missing_ok=True)
             raise UserError(f'{meta["documents"]} documents give {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens, '
                             f'each needs {SMALLEST:,}, and one document in {VAL_ONE_IN} is held out; give more text, or cut it with --split-line')
-    print(f'{folder}: {meta["documents"]:,} documents, {(meta["train_bytes"] + meta["val_bytes"]) / 1e6:.1f} MB of text, '
+    print(f'{folder}: {meta["documents"]:,} documents, {megabytes():.1f} MB of text, '
           f'{meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens, {time.time() - start:.0f} s')
     return meta
+
+def prepare(name, documents, source, root='data'):
+    """Like `prepare_parts`, from one iterable of strings."""
+    return prepare_parts(name, [contextlib.nullcontext(documents)], source, root)
+
+def prepare_stdlib(root='data'):
+    """Writes the data set root/stdlib; returns its meta."""
+    return prepare('stdlib', stdlib_documents(), f'docstrings, comments and help topics of Python {platform.python_version()}', root)
 
 def prepare_corpus(corpus, root='data', name=None, limit=None, keep_raw=False, mirror=None):
     """Downloads one of CORPORA to root/NAME.raw/, file by file, none of which stays longer than it must unless `keep_raw`, and writes the data
     set root/NAME; returns its meta. `limit`: training tokens that are enough. `mirror`: takes the place of https://HOST in the addresses."""
     address, count, *sha256 = CORPORA[corpus]
-    raw = Path(root) / f'{name or corpus}.raw'
+    name = name or corpus
+    raw = Path(root) / f'{name}.raw'
     if address.endswith('.parquet'):
         parquet()                                      # complains before gigabytes are here, not after
 
@@ -372,52 +493,14 @@ def prepare_corpus(corpus, root='data', name=None, limit=None, keep_raw=False, m
         yield documents_of(path, split_line='')        # a play is split into its speeches: of its 68 pieces of 16 KiB none is held out
         if not keep_raw:
             path.unlink()
-    meta = prepare_parts(name or corpus, [documents(address.format(i)) for i in range(count)],
-                         f'{address.rpartition("/")[0]}/, files: {count}', root, limit)
+    parts = [documents(address.format(i)) for i in range(count)]
+    meta = prepare_parts(name, parts, f'{address.rpartition("/")[0]}/, files: {count}', root, limit)
     if not keep_raw:                                   # with what a kill may have left between record and removal
         shutil.rmtree(raw, ignore_errors=True)
     return meta
 
-def prepare_stdlib(root='data'):
-    """Writes the data set root/stdlib; returns its meta."""
-    return prepare('stdlib', stdlib_documents(), f'docstrings, comments and help topics of Python {platform.python_version()}', root)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a data set
-
-def read_meta(folder, least=1):
-    """The meta.json of a data set, a dict. Raises UserError if it is missing or broken, or counts less than `least` of anything."""
-    try:
-        meta = json.loads((folder / 'meta.json').read_text())
-        whole = meta.pop('digest', None) in (None, digest(json.dumps(meta)))      # None: an older data set
-        counts = meta['train_tokens'], meta['val_tokens'], meta['val_bytes']
-        if not whole or min(counts) < least or not all({'tokens', 'sha256'} <= shard.keys() for shard in meta['shards'].values()):
-            raise ValueError
-        return meta
-    except (FileNotFoundError, NotADirectoryError):
-        command = folder.name if folder.name in ('stdlib', *CORPORA) else f'files --name {folder.name} PATH...'
-        raise UserError(f'there is no data set {folder}; make it with: python prepare_data.py {command}') from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f'{folder / "meta.json"} is broken; remove {folder} and prepare it again') from None
-
-def open_shard(path, tokens):
-    """A shard, memory-mapped. Only its size is looked at here; `check` reads every byte."""
-    try:
-        shard = np.lib.format.open_memmap(path, mode='r')
-        if shard.dtype != np.uint16 or shard.shape != (tokens,) or path.stat().st_size != shard.offset + 2 * tokens:
-            raise ValueError
-        return shard
-    except (ValueError, EOFError, FileNotFoundError):
-        raise UserError(f'{path} is missing, cut short or not what meta.json describes; remove {path.parent} and prepare it again') from None
-
-def check(name, root='data'):
-    """Compares every shard with its sha256 in meta.json."""
-    folder = Path(root) / name
-    shards = read_meta(folder)['shards']
-    bad = [file for file, shard in shards.items() if not (folder / file).is_file() or sha256_of(folder / file) != shard['sha256']]
-    if bad:
-        raise UserError(f'damaged or missing in {folder}: {", ".join(bad)}; remove the folder and prepare it again')
-    print(f'{folder}: all {len(shards)} shards are as they were written')
 
 class Dataset:
     """A prepared data set: `name`, a folder of `root`, or the path of one.
@@ -540,108 +623,30 @@ def unigram_log_probs(batches):
     return torch.from_numpy(np.log(np.average([c / c.sum() for c in counts], axis=0, weights=batches.weights))).float()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Downloads: gigabytes over lines that break
-
-TRIES = 6                  # attempts in a row that bring nothing new, 2, 4, 8, 16 and 32 seconds apart
-
-class Interrupted(Exception):
-    """An attempt that failed in a way the next one may not."""
-
-def download(url, path, sha256=None):
-    """Downloads `url` to `path`, unless it is there; -> path, a Path. A broken attempt leaves path.part, with which the next one goes on.
-    Size and, where given, sha256 are checked before the file gets its name. Raises UserError."""
-    path = Path(path)
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    with open(part, 'ab') as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'another process is downloading {path}; wait until it is done') from None
-        tries, longest = 0, 0
-        while True:
-            try:
-                download_rest(url, f, path.name)
-                break
-            except (Interrupted, requests.RequestException) as error:
-                f.seek(0, os.SEEK_END)
-                tries, longest = 1 if f.tell() > longest else tries + 1, max(f.tell(), longest)       # what brings bytes is no failure
-                why = str(error) if isinstance(error, Interrupted) else f'no connection, or it broke off: {type(error).__name__}'
-                if tries == TRIES:
-                    raise UserError(f'{url} could not be downloaded ({why}); what arrived is in {part}, run this again to go on') from None
-                print(f'\n{path.name}: {why}; next attempt in {2 ** tries} s', file=sys.stderr)
-                time.sleep(2 ** tries)
-        f.flush()
-        os.fsync(f.fileno())
-        if sha256 and (found := sha256_of(part)) != sha256:
-            part.unlink()
-            raise UserError(f'{url} arrived damaged or is another file by now (sha256 {found}, not {sha256}): run this again, or get it elsewhere')
-        os.replace(part, path)
-    return path
-
-def download_rest(url, f, name):
-    """One attempt: asks for what comes after the bytes that f holds, and appends it. Raises Interrupted where another attempt may help."""
-    f.seek(0, os.SEEK_END)
-    have = f.tell()
-    headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})     # identity: bytes as they are counted
-    with requests.get(url, headers=headers, stream=True, timeout=(20, 60)) as answer:
-        size = re.fullmatch(r'bytes (?:\*|(\d+)-\d+)/(\d+)', answer.headers.get('Content-Range', ''))
-        if answer.status_code == 416 and size and int(size[2]) == have:                           # nothing comes after: complete
-            return
-        if answer.status_code == 416 or answer.status_code == 206 and not (size and size[1] == str(have)):
-            f.truncate(0)
-            raise Interrupted('the server cannot go on where the last attempt stopped, so it starts again')
-        if answer.status_code in (408, 429) or answer.status_code >= 500:
-            raise Interrupted(f'the server answers {answer.status_code} {answer.reason}')
-        if answer.status_code not in (200, 206):
-            raise UserError(f'{url} answers {answer.status_code} {answer.reason}; download {name} with a browser, or give another source')
-        if answer.status_code == 200:                                                             # the whole file, whatever was asked for
-            f.truncate(0)
-            have = 0
-        total = int(size[2]) if answer.status_code == 206 else int(answer.headers.get('Content-Length', 0))       # 0: unknown
-        if total - have > (free := shutil.disk_usage(Path(f.name).parent).free):
-            raise UserError(f'{name} needs {(total - have) / 1e6:,.0f} MB more and the disk has {free / 1e6:,.0f} MB left; make room')
-        got, start, shown = have, time.monotonic(), 0
-        for block in answer.iter_content(2**16):       # a block that breaks off is lost
-            f.write(block)
-            got += len(block)
-            if (now := time.monotonic()) > shown + 0.5 or got == total:
-                shown = now
-                share = f' ({got / total:.0%})' if total else ''
-                speed = (got - have) / 1e6 / (now - start + 1e-9)
-                print(f'\r{name}: {got / 1e6:,.1f} MB{share}, {speed:.1f} MB/s  ', end='', file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-        if total and got != total:
-            raise Interrupted(f'{got:,} bytes arrived of {total:,}')
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 @cli
 def main(argv=None):
     """The command line: prepare a data set, or check one."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('corpus', nargs='?', choices=['stdlib', 'files', *CORPORA], help='what to prepare; the others are downloaded')
-    parser.add_argument('paths', nargs='*', metavar='PATH', help='for files: text files, or folders of them')
-    parser.add_argument('--name', help='the data set becomes ROOT/NAME (for a download, its own name)')
-    parser.add_argument('--split-line', metavar='TEXT', help='for files: a document ends at each line that is TEXT and nothing else')
-    parser.add_argument('--tokens', type=int, metavar='N', help='for a download: stop after the document with which there are N training tokens')
-    parser.add_argument('--keep-raw', action='store_true', help='for a download: leave what was downloaded in ROOT/NAME.raw')
-    parser.add_argument('--mirror', metavar='URL', help='for a download: ask this server, not the one at https://HOST of the address')
+    root = Parser(add_help=False)
+    root.add_argument('--root', default=argparse.SUPPRESS, help='folder of the data sets (data)')
+    common = dict(parents=[root], allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, **common)
     parser.add_argument('--check', metavar='NAME', help='compare the shards of a data set with their checksums')
-    parser.add_argument('--root', default='data', help='folder of the data sets (%(default)s)')
-    args = parser.parse_intermixed_args(argv)
+    commands = parser.add_subparsers(dest='corpus', metavar='CORPUS', help=f'stdlib, files, {", ".join(CORPORA)}; CORPUS -h lists the flags of each')
+    commands.add_parser('stdlib', **common)
+    files = commands.add_parser('files', **common)
+    files.add_argument('paths', nargs='+', metavar='PATH', help='text files, or folders of them')
+    files.add_argument('--name', required=True, help='the data set becomes ROOT/NAME')
+    files.add_argument('--split-line', metavar='TEXT', help='a document ends at each line that is TEXT and nothing else')
+    for corpus in CORPORA:
+        hub = commands.add_parser(corpus, **common)
+        hub.add_argument('--name', default=corpus, help='the data set becomes ROOT/NAME (%(default)s)')
+        hub.add_argument('--tokens', type=int, metavar='N', help='stop after the document with which there are N training tokens')
+        hub.add_argument('--keep-raw', action='store_true', help='leave what was downloaded in ROOT/NAME.raw')
+        hub.add_argument('--mirror', metavar='URL', help='ask this server, not the one at https://HOST of the address')
+    args = parser.parse_args(argv, argparse.Namespace(root='data'))
     if bool(args.check) == bool(args.corpus):
         parser.error('say what to prepare, stdlib, files or a corpus, or give --check NAME')
-    if args.corpus == 'files' and not (args.paths and args.name):
-        parser.error('files needs --name NAME and at least one PATH')
-    if args.corpus != 'files' and (args.paths or args.split_line is not None) or args.name and args.corpus in ('stdlib', None):
-        parser.error('only files takes PATH and --split-line, and only files and downloads take --name')
-    if args.corpus not in CORPORA and (args.tokens is not None or args.keep_raw or args.mirror):
-        parser.error('only a corpus that is downloaded takes --tokens, --keep-raw and --mirror')
-    if args.tokens is not None and args.tokens < 1 or args.mirror is not None and not re.match('https?://', args.mirror):
-        parser.error('--tokens must be positive, and --mirror start with https:// or http://')
     if args.check:
         check(args.check, args.root)
     elif args.corpus == 'stdlib':
@@ -649,6 +654,8 @@ def main(argv=None):
     elif args.corpus == 'files':
         source = ' '.join(args.paths) + (f', split at {args.split_line}' if args.split_line is not None else '')
         prepare(args.name, file_documents(args.paths, args.split_line), source, args.root)
+    elif args.tokens is not None and args.tokens < 1 or args.mirror is not None and not re.match('https?://', args.mirror):
+        parser.error('--tokens must be positive, and --mirror start with https:// or http://')
     else:
         prepare_corpus(args.corpus, args.root, args.name, args.tokens, args.keep_raw, args.mirror)
 

@@ -1,4 +1,4 @@
-"""The token interface: what a token is, and the fixed vector by which every model here knows it.
+"""The token interface: what a token is, and the fixed vector by which every model here knows it (arXiv 2507.04886, on which the paper builds).
 
 65,536 tokens (code points, frequent 2- and 3-grams, raw bytes), so that a token is exactly one uint16 and every text survives
 the round trip; and a table that gives each token d_model numbers. The table is never trained: it shows the token as drawn with
@@ -6,7 +6,8 @@ GNU Unifont, or the 16 bits of its id, or noise. (The trained table of ordinary 
 Not in here: text normalisation, learned merges, anything that grows.
 
     python substrate.py                             # describe the interface
-    python substrate.py --count-ngrams              # rebuild interface/ngrams.txt (pip install wordfreq==3.1.1)
+    python substrate.py --show "Привет, 你好, the 🎉"   # the tokens of a text, as a model sees them: a table, and a picture in show.png
+    python substrate.py --homoglyphs                # the tokens that no model on the unicode substrate can tell apart
     python substrate.py --draw /usr/share/fonts/opentype/unifont/unifont.otf      # rebuild interface/glyphs.npz
 """
 
@@ -19,8 +20,6 @@ import hashlib
 import os
 import re
 import sys
-import unicodedata
-from collections import Counter
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -31,9 +30,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-VOCAB = 65_536                                        # so a token is exactly one uint16
-PAD, BOS, EOS, UNK = 0xE000, 0xE001, 0xE002, 0xE003   # <pad> <s> </s> <unk>
-
 HERE = Path(__file__).resolve().parent
 NGRAMS = HERE / 'interface' / 'ngrams.txt'            # the n-grams, one a line in id order
 NGRAMS_DIGEST = 'a8940ebb4eb6e67e'                    # of this list: another one there needs other glyphs too
@@ -42,7 +38,7 @@ GLYPHS_SHA256 = '51e2320ad26ea467f2cd09ce7b64a3c9eb7cc4ae1f59ac5c3252520c0c0e843
 CACHE = HERE / 'data' / 'interface'                   # tables that take seconds to compute are kept here
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What all the scripts share: errors that are one sentence, and files that are whole or absent
+# What all scripts share: errors that are one sentence, files that are whole or absent
 
 class UserError(Exception):
     """A mistake its user can mend. The message is one sentence that names the remedy; `cli` prints it without a traceback."""
@@ -68,16 +64,16 @@ def cli(main):
             sys.stdout.flush()                        # here, not at exit, where nothing can be caught any more
             return result
         except UserError as error:
-            message, status = str(error), error.status
+            message, status = f'error: {error}', error.status
         except BrokenPipeError:                       # `| head -1`: nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(141)
         except OSError as error:                      # disk full, no permission, ...
             full = '; make room on the disk and run the same again, or go on with --resume' * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-            message, status = f'{error.strerror or error}: {error.filename or "while reading or writing"}{full}', 1
+            message, status = f'error: {error.strerror or error}: {error.filename or "while reading or writing"}{full}', 1
         except KeyboardInterrupt:
             message, status = 'interrupted', 130
-        print(f'error: {message}' if status != 130 else message, file=sys.stderr)
+        print(message, file=sys.stderr)
         sys.exit(status)
     return run
 
@@ -101,24 +97,33 @@ def digest(*parts):
     """Sixteen hex digits that stand for `parts`, for file names and checkpoints."""
     return hashlib.sha256('|'.join(map(str, parts)).encode()).hexdigest()[:16]
 
-def load_npz(path):
-    """The one array of an .npz file, or None if the file is absent or damaged (each member of a zip file has a checksum)."""
-    try:
-        with np.load(path) as file:
-            return file[file.files[0]]
-    except Exception:                                 # zipfile, zlib and numpy each have several ways to complain of a bad file
-        return None
+def sha256_of(path):
+    """Hex digest of a file, read in parts."""
+    sha = hashlib.sha256()
+    with open(path, 'rb') as f:
+        for block in iter(lambda: f.read(2**20), b''):
+            sha.update(block)
+    return sha.hexdigest()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The vocabulary. Unicode has two holes below 65,536, surrogates and the private use area: all that is no character goes there
+# The vocabulary. Unicode has two holes below 65,536, surrogates and the private use area: all that is no character goes there.
+# The layout is that of the bvv241-2-3 tokenizer (arXiv 2507.04886); the raw bytes, which make it lossless, are ours
 
-SPECIALS = {PAD: '<pad>', BOS: '<s>', EOS: '</s>', UNK: '<unk>'}
+VOCAB = 65_536                                        # so a token is exactly one uint16
+EOS = 0xE002                                          # the one special token that is used: it ends every document
+SPECIALS = {0xE000: '<pad>', 0xE001: '<s>', EOS: '</s>', 0xE003: '<unk>'}
 NAMED_IDS = range(0xE000, 0xE100)                     # 128 special tokens, 124 of them reserved; then the raw bytes 0x80-0xFF
 NGRAM_IDS = [*range(0xD800, 0xE000), *range(0xE100, 0xF900)]    # 8,192 places
 
 def id_order(gram):
     """The sort key of n-grams by which they get their ids."""
     return -len(gram), gram                           # longest first, then by code point
+
+def fill_places(rankings):
+    """The first of every ranking of n-grams, then the second of every ranking, ... until all places are taken; in id order."""
+    grams = dict.fromkeys(chain.from_iterable(zip_longest(*rankings)))
+    grams.pop(None, None)                             # stands where a ranking has ended
+    return sorted(islice(grams, len(NGRAM_IDS)), key=id_order)
 
 def read_ngrams(ngram_file=NGRAMS):
     """The 8,192 n-grams in id order, from a file with one a line, or from the Python literal published with the bvv241-2-3 tokenizer.
@@ -132,7 +137,7 @@ def read_ngrams(ngram_file=NGRAMS):
         raise UserError(f'cannot read the n-gram file {ngram_file} ({error}); restore it or name another') from None
     if len(grams) != len(NGRAM_IDS) or grams != sorted(set(grams), key=id_order) or not {2, 3} >= set(map(len, grams)):
         raise UserError(f'{ngram_file} must hold {len(NGRAM_IDS):,} distinct n-grams of 2 or 3 characters, one a line, longest first, '
-                        'then by code point; restore it or rebuild it with: python substrate.py --count-ngrams')
+                        'then by code point; restore it or rebuild it with: python interface/count_ngrams.py')
     if ngram_file == NGRAMS and (found := digest(*grams)) != NGRAMS_DIGEST:
         raise UserError(f'{ngram_file} is not the list of NGRAMS_DIGEST: restore it, or, if it was changed on purpose, set that to {found}')
     return grams
@@ -158,8 +163,7 @@ def longest_of(words):
 
 @functools.lru_cache
 def tokenizer(ngram_file=NGRAMS):
-    """The tiktoken.Encoding: use `.encode_ordinary(text)` and `.decode(ids)`. The layout is that of bvv241-2-3 (arXiv 2507.04886);
-    the raw bytes, which make it lossless, are ours.
+    """The tiktoken.Encoding: use `.encode_ordinary(text)` and `.decode(ids)`.
 
     The regex is the tokenizer: it takes the longest n-gram that starts here, else one character, and finds it whole among the ranks.
     Only characters above U+FFFF or in the private use area are not there: tiktoken spells them in bytes (no two of theirs make a
@@ -176,37 +180,7 @@ def tokenizer_fingerprint(ngram_file=NGRAMS):
     return digest('layout 1', *read_ngrams(ngram_file))
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Counting the n-grams, once. 32 languages as in the original, but wordfreq lacks its sa (asked for it, it returns Hindi), la, hy,
-# az and ka: bg, ca, ro, ta and uk stand in. The original stops at rank 338 of each list; ours overlap less and stop at 228
-
-LATIN = 'ca cs da de en es fi fr hu id it nb nl pl pt ro sv tr vi'.split()
-OTHERS = 'ar bg bn el fa he hi ja ko ru ta uk zh'.split()
-
-def rank_ngrams(language):
-    """Two lists, the 2-grams and the 3-grams inside the words of `language`, most frequent first."""
-    try:
-        from wordfreq import get_frequency_dict
-    except ImportError:
-        raise UserError('counting n-grams needs word lists: pip install wordfreq==3.1.1') from None
-    counts = {2: Counter(), 3: Counter()}
-    for word, frequency in get_frequency_dict(language, wordlist='small').items():
-        word = re.sub('σ$', 'ς', word)                # the lists are case-folded, which loses the Greek final sigma
-        for n, count in counts.items():
-            for i in range(len(word) - n + 1):
-                count[word[i:i + n]] += round(frequency * 1e9)      # whole numbers: the same sums everywhere
-
-    def wanted(gram):                                 # letters and combining marks, no Latin ones from languages written otherwise
-        return all(unicodedata.category(c)[0] in 'LM' and (language in LATIN or not c.isascii()) for c in gram)
-    return [sorted(filter(wanted, count), key=lambda gram: (-count[gram], gram)) for count in counts.values()]
-
-def fill_places(rankings):
-    """The first of every ranking, then the second of every ranking, ... until all places are taken; in id order."""
-    grams = dict.fromkeys(chain.from_iterable(zip_longest(*rankings)))
-    grams.pop(None, None)                             # stands where a ranking has ended
-    return sorted(islice(grams, len(NGRAM_IDS)), key=id_order)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing the tokens, once: no one needs the font to train
+# The pictures of the tokens, drawn once: no one needs the font to train
 
 CELL = 32                                             # Unifont is designed on 16 pixels: each of them is exactly four here
 
@@ -234,6 +208,14 @@ def draw_tokens(font_file):
         pictures[i] = 2 * row.reshape(CELL, CELL, -1).sum(2) >= len(text)
     return np.packbits(pictures.reshape(VOCAB, -1), axis=1)
 
+def load_npz(path):
+    """The one array of an .npz file, or None if the file is absent or damaged (each member of a zip file has a checksum)."""
+    try:
+        with np.load(path) as file:
+            return file[file.files[0]]
+    except Exception:                                 # zipfile, zlib and numpy each have several ways to complain of a bad file
+        return None
+
 def glyphs():
     """The picture of every token, (65536, 1024) uint8 of 0 and 1. Raises UserError if the file is damaged."""
     packed = load_npz(GLYPHS)
@@ -241,10 +223,12 @@ def glyphs():
         raise UserError(f'{GLYPHS} is damaged, or not the table of GLYPHS_SHA256; restore it or rebuild it with: python substrate.py --draw FONT')
     return np.unpackbits(packed, axis=1)
 
-def lookalikes(bits):
-    """How many tokens look exactly like some other one."""
-    counts = Counter(row.tobytes() for row in np.packbits(bits, axis=1))
-    return sum(count for count in counts.values() if count > 1)
+def homoglyphs(bits):
+    """The groups of two or more tokens with one picture, and so with one vector: lists of ids, as A is in Latin, Greek and Cyrillic."""
+    groups = {}
+    for i, row in enumerate(np.packbits(bits, axis=1)):
+        groups.setdefault(row.tobytes(), []).append(i)
+    return [group for group in groups.values() if len(group) > 1]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables
@@ -278,9 +262,56 @@ class Substrate(nn.Module):
         x = F.embedding(idx, self.table).unsqueeze(-1)                                        # B, T, width, 1
         return x.expand(*x.shape[:-1], self.d_model // x.shape[-2]).flatten(-2)               # each bit repeated; else as it is
 
+def fingerprint(name, d_model):
+    """Sixteen hex digits; models fit together only if theirs are equal. They stand for the recipe (of a file: its bytes), not for the floats,
+    whose last bits differ between machines."""
+    return digest(name, RECIPES[name], d_model) if name in RECIPES else digest(sha256_of(name))
+
+@functools.cache
+def principal_components():
+    """-> (the mean picture, (1024,), and the axes along which pictures differ, (1024, 992), the one with most variance first): float64."""
+    x = glyphs().astype(np.float32)                   # V, 1024
+    mean = x.mean(0, dtype=np.float64)
+    together = (x.T @ x).astype(np.float64)           # how often two pixels are on at once: exact, since below 2^24
+    variances, axes = np.linalg.eigh(together / VOCAB - np.outer(mean, mean))                 # ascending
+    axes = axes[:, variances > 1e-9 * variances[-1]][:, ::-1]
+    return mean, axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])       # an axis has no sign: its largest entry gets +
+
+def unicode_table(d_model):
+    """The pictures on their first d_model principal components, then rows of length 1 (arXiv 2507.04886): (65536, d_model) float32.
+    Columns beyond the 992 components are zero. Cached, since it takes seconds."""
+    path = CACHE / f'unicode_{fingerprint("unicode", d_model)}.npz'
+    if (table := load_npz(path)) is not None:
+        return table
+    x, (mean, axes) = glyphs(), principal_components()
+    axes, table = axes[:, :d_model], np.zeros((VOCAB, d_model), np.float32)
+    for i in range(0, VOCAB, 4096):                   # in parts, since these products are float64
+        table[i:i + 4096, :axes.shape[1]] = F.normalize(torch.from_numpy((x[i:i + 4096] - mean) @ axes))
+    with replacing(path) as beside, open(beside, 'wb') as file:
+        np.savez(file, table)
+    return table
+
+def read_table(path, d_model):
+    """The matrix of a .npy file, or of a .pt file that holds a tensor or a dict with one matrix in it. Raises UserError for any other."""
+    try:
+        if str(path).endswith('.npy'):
+            saved = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:                        # numpy and torch raise a dozen kinds for a file that is none of theirs
+        reason = str(error).partition('\n')[0]
+        raise UserError(f'cannot read the substrate {path} ({reason}); save it with numpy.save, or torch.save as a tensor') from None
+    tensors = saved.values() if isinstance(saved, dict) else [saved]
+    matrices = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim() == 2]
+    matrix = matrices[0] if len(matrices) == 1 else torch.empty(0)
+    if matrix.shape != (VOCAB, d_model) or not matrix.is_floating_point() or not matrix.float().isfinite().all():
+        found = ' and '.join(f'{len(m)} x {m.shape[1]} of {m.dtype}' for m in matrices) or 'none'
+        raise UserError(f'the substrate {path} must hold one matrix, {VOCAB} x {d_model} floats for d_model {d_model}, none of them NaN or infinite '
+                        f'in float32; it holds {found}')
+    return matrix
+
 def substrate(name, d_model, seed=0):
-    """The filled Substrate `name`, one of RECIPES or the path of a .npy or .pt file; `seed` is for 'learned' alone. Its fingerprint stands
-    for the recipe (the bytes of the file), not for the floats, whose last bits differ between machines. Raises UserError as
+    """The filled Substrate `name`, one of RECIPES or the path of a .npy or .pt file; `seed` is for 'learned' alone. Raises UserError as
     Substrate does, or if the file does not fit."""
     module = Substrate(name, d_model)
     if name == 'unicode':
@@ -299,75 +330,86 @@ def substrate(name, d_model, seed=0):
         module.table.copy_(torch.as_tensor(table))
     return module
 
-def fingerprint(name, d_model):
-    """Sixteen hex digits; models fit together only if theirs are equal."""
-    return digest(name, RECIPES[name], d_model) if name in RECIPES else digest(hashlib.sha256(Path(name).read_bytes()).hexdigest())
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at the tokens of a text
 
-def unicode_table(d_model):
-    """The pictures on their first d_model principal components, then rows of length 1 (arXiv 2507.04886): (65536, d_model) float32.
-    Columns without variance are zero; 992 have some. Cached, since it takes seconds."""
-    path = CACHE / f'unicode_{fingerprint("unicode", d_model)}.npz'
-    if (table := load_npz(path)) is not None:
-        return table
-    x = glyphs().astype(np.float32)                   # V, 1024
-    mean = x.mean(0, dtype=np.float64)
-    together = (x.T @ x).astype(np.float64)           # how often two pixels are on at once: exact, since below 2^24
-    variances, axes = np.linalg.eigh(together / VOCAB - np.outer(mean, mean))                 # ascending
-    axes = axes[:, variances > 1e-9 * variances[-1]][:, ::-1][:, :d_model]                    # 1024, at most d_model
-    axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])                   # an axis has no sign: its largest entry gets +
-    table = np.zeros((VOCAB, d_model), np.float32)
-    for i in range(0, VOCAB, 4096):                   # in parts, since these products are float64
-        table[i:i + 4096, :axes.shape[1]] = F.normalize(torch.from_numpy((x[i:i + 4096] - mean) @ axes))
-    with replacing(path) as beside, open(beside, 'wb') as file:
-        np.savez(file, table)
-    return table
+def readable(text):
+    """A token's text where it can be seen, else its code points: U+0020 for a space."""
+    return text if text.isprintable() and not text.isspace() else ' '.join(f'U+{ord(c):04X}' for c in text)
 
-def read_table(path, d_model):
-    """The matrix of a .npy file, or of a .pt file that holds a tensor or a dict with one matrix in it."""
-    try:
-        if str(path).endswith('.npy'):
-            saved = torch.from_numpy(np.load(path, allow_pickle=False))
-        else:
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:                        # numpy and torch raise a dozen kinds for a file that is none of theirs
-        reason = str(error).partition('\n')[0]
-        raise UserError(f'cannot read the substrate {path} ({reason}); save it with numpy.save, or torch.save as a tensor') from None
-    tensors = saved.values() if isinstance(saved, dict) else [saved]
-    matrices = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim() == 2]
-    if len(matrices) != 1 or matrices[0].shape != (VOCAB, d_model) or not matrices[0].is_floating_point():
-        found = ' and '.join(f'{len(m)} x {m.shape[1]} of {m.dtype}' for m in matrices) or 'none'
-        raise UserError(f'the substrate {path} must hold one matrix, {VOCAB} x {d_model} floats for d_model {d_model}; it holds {found}')
-    if not matrices[0].float().isfinite().all():
-        raise UserError(f'the substrate {path} holds numbers that are NaN or infinite in float32; mend them before saving it')
-    return matrices[0]
+def what_is_left(ids, d_model):
+    """-> (what rows of the unicode table still tell of their pictures, (len(ids), 1024) of about 0 to 1; the share of each picture's variance
+    that this is, (len(ids),)). A row is a direction among pictures; how far to go in it, the length it lost, is taken from the picture."""
+    mean, axes = principal_components()
+    directions = unicode_table(d_model)[ids, :axes.shape[1]] @ axes[:, :d_model].T           # n, 1024
+    away = glyphs()[ids] - mean
+    along = (away * directions).sum(1)
+    return mean + along[:, None] * directions, along ** 2 / (away ** 2).sum(1)
+
+def draw_text(ids, d_model):
+    """A PIL image with a row a token: its text and id, its picture as the table is made of it, what is left of that, and its d_model numbers."""
+    bits, texts, font = glyphs().reshape(VOCAB, CELL, CELL), token_texts(), ImageFont.load_default(14)
+    left, share = what_is_left(ids, d_model)
+    numbers = unicode_table(d_model)[ids] * d_model ** 0.5 / 3                                # 1 is three standard deviations
+    heat = np.stack([1 + numbers.clip(max=0), 1 - abs(numbers), 1 - numbers.clip(min=0)], axis=-1)      # n, d_model, 3
+    image = Image.new('RGB', (1066, 60 + 104 * len(ids)), 'white')
+    pen = ImageDraw.Draw(image)
+
+    def paste(x, y, colours, width, height):          # colours: rows, columns and perhaps 3, of 0 to 1
+        part = Image.fromarray((255 * colours.clip(0, 1)).astype(np.uint8))
+        image.paste(part.resize((width, height), Image.Resampling.BOX), (x, y))
+        pen.rectangle((x - 1, y - 1, x + width, y + height), outline='#b8c4d0')
+
+    for x, caption in ((10, 'token\n'), (150, 'id\n'), (250, f'its picture,\n{CELL} x {CELL} bits'),
+                       (370, f'what is left of it with\n{d_model:,} numbers'), (542, 'these numbers, most telling first:\nred above zero, blue below')):
+        pen.text((x, 12), caption, 'black', font)
+    for y, i, picture, kept, strip in zip(range(56, image.height, 104), ids, left, share, heat):
+        label = readable(texts[i])
+        paste(10, y + 32, 1.0 - np.hstack([bits[ord(c)] for c in label]), min(32 * len(label), 128), 32 if len(label) < 5 else 20)
+        pen.text((150, y + 32), f'{i:,}\n0x{i:04X}', 'black', font)
+        paste(250, y, 1.0 - bits[i], 96, 96)
+        paste(370, y, 1.0 - picture.reshape(CELL, CELL), 96, 96)
+        pen.text((474, y + 32), f'{kept:.1%} of\nvariance', 'black', font)
+        paste(542, y, strip[None], 512, 96)
+    return image
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 @cli
 def main(argv=None):
-    """Describes the interface, or rebuilds its files."""
-    parser = Parser(description='Describes the token interface, or rebuilds it.', allow_abbrev=False)
-    parser.add_argument('--count-ngrams', action='store_true', help='count the n-grams again and write interface/ngrams.txt')
+    """Describes the interface, shows what is in it, or draws its pictures again."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--show', metavar='TEXT', help='print the tokens of TEXT, and draw what a model sees of them')
+    parser.add_argument('--out', metavar='PNG', default='show.png', help='for --show: the picture (%(default)s)')
+    parser.add_argument('--d_model', type=int, default=256, help='for --show: numbers a token, as in grow.py (%(default)s)')
+    parser.add_argument('--homoglyphs', action='store_true', help='list the tokens that look exactly like another one')
     parser.add_argument('--draw', metavar='FONT', help='draw the tokens again with GNU Unifont (.otf) and write interface/glyphs.npz')
     args = parser.parse_args(argv)
-    if args.count_ngrams:
-        grams = fill_places([ranking for language in LATIN + OTHERS for ranking in rank_ngrams(language)])
-        with replacing(NGRAMS) as beside:
-            beside.write_bytes(''.join(gram + '\n' for gram in grams).encode())
-        print(f'wrote {NGRAMS}, tokenizer fingerprint {tokenizer_fingerprint()}; if that changed, draw the tokens again')
     if args.draw:
         packed = draw_tokens(args.draw)
         with replacing(GLYPHS) as beside, open(beside, 'wb') as file:
             np.savez_compressed(file, packed)
         found = hashlib.sha256(packed.tobytes()).hexdigest()
         print(f'wrote {GLYPHS}: ' + ('bit for bit as before' if found == GLYPHS_SHA256 else f'a new interface, set GLYPHS_SHA256 to {found}'))
-    if not (args.count_ngrams or args.draw):
-        scripts = Counter(re.split('[ -]', unicodedata.name(gram[0]))[0].capitalize() for gram in read_ngrams())
-        print(f'{VOCAB:,} tokens, fingerprint {tokenizer_fingerprint()}: {VOCAB - len(NGRAM_IDS) - len(NAMED_IDS):,} code points, '
-              f'{len(NGRAM_IDS):,} n-grams, 128 special tokens (124 reserved), 128 raw bytes')
-        print('n-grams: ' + ', '.join(f'{script} {count:,}' for script, count in scripts.most_common()))
-        print(f'glyphs: 1,024 bits a token; {lookalikes(glyphs()):,} tokens look exactly like another, as A does in Latin, Greek and Cyrillic')
-        print(f'substrates: {", ".join(RECIPES)}, or a .npy or .pt file')
+        return
+    texts, groups = token_texts(), homoglyphs(glyphs())
+    if args.show is not None:
+        ids = tokenizer().encode_ordinary(args.show)
+        if not 1 <= len(ids) <= 400 or args.d_model < 1:
+            parser.error(f'--show takes a text of 1 to 400 tokens, not {len(ids):,}, and a positive --d_model')
+        twins = {i: group for group in groups for i in group}
+        print('id              token   looks exactly like')
+        for i in ids:
+            print(f'{i:6,} = 0x{i:04X}  {readable(texts[i]):6}  ' + '  '.join(f'{readable(texts[k])} 0x{k:04X}' for k in twins.get(i, ()) if k != i))
+        with replacing(args.out) as beside:
+            draw_text(ids, args.d_model).save(beside, 'PNG')
+        print(f'wrote {args.out}')
+        return
+    for group in groups if args.homoglyphs else ():
+        print('  '.join(f'{readable(texts[i])} 0x{i:04X}' for i in group))
+    print(f'{VOCAB:,} tokens, fingerprint {tokenizer_fingerprint()}: {VOCAB - len(NGRAM_IDS) - len(NAMED_IDS):,} code points, '
+          f'{len(NGRAM_IDS):,} n-grams, 128 special tokens (124 reserved), 128 raw bytes')
+    print(f'{sum(map(len, groups)):,} tokens look exactly like another one, and have its vector on the unicode substrate: {len(groups):,} groups')
 
 if __name__ == '__main__':
     main()

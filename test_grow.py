@@ -189,7 +189,9 @@ def test_ngrams_are_counted_again_the_same(tmp_path, monkeypatch):
     pytest.importorskip('wordfreq')
     committed = substrate.NGRAMS.read_bytes()
     monkeypatch.setattr(substrate, 'NGRAMS', tmp_path / 'ngrams.txt')
-    substrate.main(['--count-ngrams'])
+    monkeypatch.syspath_prepend(REPO / 'interface')
+    import count_ngrams
+    count_ngrams.main([])
     assert substrate.NGRAMS.read_bytes() == committed
 
 
@@ -249,8 +251,8 @@ def test_white_space_differs_and_lookalikes_do_not(bits):
     assert (newline != tab).any() and (newline != space).any() and (tab != space).any() and not space.any()
     assert (newline == bits[0x240A]).all()                                        # drawn as its control picture
     assert (bits[ord('A')] == bits[ord('А')]).all() and (bits[ord('A')] == bits[ord('Α')]).all()
-    assert substrate.lookalikes(bits) == 1_642
-    assert substrate.lookalikes(bits[0xE000:0xE100]) == 0                         # special tokens and bytes all differ
+    assert sum(map(len, substrate.homoglyphs(bits))) == 1_642
+    assert substrate.homoglyphs(bits[0xE000:0xE100]) == []                        # special tokens and bytes all differ
     assert bits.shape == (65_536, 1_024) and set(np.unique(bits)) == {0, 1}
 
 
@@ -300,6 +302,8 @@ def test_unicode_rows_keep_the_angles_between_pictures(bits, cache):
     centred = bits[some] - bits.mean(0)
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
     assert np.allclose(centred @ centred.T, table[some] @ table[some].T, atol=1e-6)
+    left, share = substrate.what_is_left(some, 1024)                              # all of the pictures
+    assert np.allclose(left, bits[some], atol=1e-5) and np.allclose(share, 1)
 
 
 def test_unicode_is_cached_and_a_damaged_cache_is_computed_again(cache):
@@ -310,6 +314,39 @@ def test_unicode_is_cached_and_a_damaged_cache_is_computed_again(cache):
     path.write_bytes(whole[:100_000] + bytes([whole[100_000] ^ 1]) + whole[100_001:])      # one bit
     assert torch.equal(substrate.substrate('unicode', 16).table, first.table) and path.read_bytes() == whole
     assert not first.table.requires_grad
+
+
+def test_show_prints_and_draws_what_a_model_sees(bits, cache, tmp_path, capsys):
+    substrate.main(['--show', 'А, the\n🎉', '--d_model', '16', '--out', str(tmp_path / 'new' / 'a.png')])
+    lines = capsys.readouterr().out.splitlines()
+    tokens = substrate.tokenizer().encode_ordinary('А, the\n🎉')
+    assert [int(line.split(' = 0x')[1][:4], 16) for line in lines[1:-1]] == tokens and tokens[-4:] == [0xE0F0, 0xE09F, 0xE08E, 0xE089]
+    assert '  А ' in lines[1] and 'A 0x0041  Α 0x0391' in lines[1] and '0x0410' not in lines[1].partition('А')[2]      # its twins, not itself
+    assert 'U+000A' in lines[-6] and '␊ 0x240A' in lines[-6] and '<F0>' in lines[-5]
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['a.png']
+    image = np.asarray(substrate.Image.open(tmp_path / 'new' / 'a.png')).astype(int)
+    left, share = substrate.what_is_left(tokens, 16)
+    assert 0 < share.min() and share.max() < 1
+    for k, (i, row) in enumerate(zip(tokens, substrate.unicode_table(16)[tokens])):
+        y = 56 + 104 * k
+        assert (image[y + 1:y + 96:3, 251:346:3, 0] == 255 - 255 * bits[i].reshape(32, 32)).all()
+        assert np.abs(image[y + 1:y + 96:3, 371:466:3, 0] - 255 * (1 - left[k].clip(0, 1)).reshape(32, 32)).max() <= 1
+        assert (np.sign(image[y + 40, 558:1054:32] @ [1, 0, -1]) == np.sign(row)).all()       # red above zero, blue below
+    for wrong in ('', 'a ' * 201):
+        fails(capsys, ['--show', wrong], '--show', '400', status=2, main=substrate.main)
+    fails(capsys, ['--show', 'a', '--d_model', '0'], '--d_model', status=2, main=substrate.main)
+
+
+def test_homoglyphs_share_a_vector(bits, cache, capsys):
+    substrate.main(['--homoglyphs'])
+    *listed, _, last = capsys.readouterr().out.splitlines()
+    groups, table = substrate.homoglyphs(bits), substrate.unicode_table(16)
+    assert len(listed) == len(groups) == 733 and '1,642 tokens' in last and '733 groups' in last
+    assert [line for line in listed if line.startswith('A 0x0041  Α 0x0391  А 0x0410')]
+    for group in groups:
+        assert np.allclose(table[group], table[group[0]], atol=1e-6)
+    alone = np.setdiff1d(np.arange(65_536), sum(groups, []))
+    assert len({row.tobytes() for row in bits[alone]}) == len(alone) == 65_536 - 1_642
 
 
 def test_binary_is_the_bits_of_the_id_lifted_on_the_fly():
@@ -2047,7 +2084,7 @@ def test_eval_writes_a_row_for_every_question(run, mmlu, capsys):
     saved = json.loads((run / 'eval_mmlu.json').read_text())
     out = capsys.readouterr().out
     assert [(row['subject'], row['index']) for row in saved['rows']] == [(s, i) for s in sorted(SUBJECTS) for i in range(len(SUBJECTS[s]))]
-    assert saved['settings']['checkpoints'] == {str(run / 'latest.pt'): prepare_data.sha256_of(run / 'latest.pt')}
+    assert saved['settings']['checkpoints'] == {str(run / 'latest.pt'): substrate.sha256_of(run / 'latest.pt')}
     assert saved['summary']['total']['n'] == 12 and saved['summary']['layers'] == 2
     for words in ('12 questions, 3 subject(s)', 'chance: 25.00', 'were cut from the left', 'padding', 'micro', 'macro', 'humanities'):
         assert words in out, words
@@ -2163,9 +2200,26 @@ def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
     assert prepare_data.download(f'{url}/a', tmp_path / 'd').read_bytes() == body
 
 
+def test_progress_shows_speed_and_the_time_left(monkeypatch, capsys):
+    clock = iter(range(100))
+    monkeypatch.setattr(prepare_data.time, 'monotonic', lambda: next(clock))
+    assert list(prepare_data.progress([2, 3, 5], 'a', lambda n: n, 'MB', done=10, total=20)) == [2, 3, 5]
+    lines = capsys.readouterr().err.split('\r')
+    assert [line.strip() for line in lines[1:]] == ['a: 12.0 MB, 2.0 MB/s, 60%, 0:00:04 left', 'a: 15.0 MB, 2.5 MB/s, 75%, 0:00:02 left',
+                                                    'a: 20.0 MB, 3.3 MB/s, 100%, 0:00:00 left']
+    for n in prepare_data.progress([1, 2, 3], 'b', lambda n: n, 'MB'):           # no total, and left early
+        if n == 2:
+            break
+    assert capsys.readouterr().err == '\rb: 1.0 MB, 1.0 MB/s  \n'
+
+
 def test_downloads_that_cannot_succeed_say_why(server, tmp_path, monkeypatch):
     url, handler = server
     handler.files['/a'] = b'abc'
+    (tmp_path / 'b.part').touch()
+    with prepare_data.locked(tmp_path / 'b.part', 'x'):
+        refuses('another process is downloading', prepare_data.download, f'{url}/a', tmp_path / 'b')
+    (tmp_path / 'b.part').unlink()
     with pytest.raises(substrate.UserError, match='sha256'):
         prepare_data.download(f'{url}/a', tmp_path / 'a', '0' * 64)
     assert not list(tmp_path.iterdir())                                           # what is damaged is not gone on with

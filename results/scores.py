@@ -31,15 +31,12 @@ def scored(model, task, data):
     outs = model.split('+')
     a = SimpleNamespace(out=outs, task=task, all_stages=len(outs) == 1 and Path(model).is_dir())
     files = eval_mmlu.targets(a)
-    wanted = [{str(path)} for path, _ in files]
-    if len(outs) > 1:
-        wanted, files = [set().union(*wanted)], [(files[0][0], files[0][1].with_name(f'eval_{task}_merged.json'))]
 
     def done(target, checkpoints):
         settings = json.loads(target.read_text(encoding='utf-8'))['settings'] if target.exists() else {}
         return (set(settings.get('checkpoints', ())) == checkpoints and settings['limit'] is None and settings['shots'] == 0
                 and target.stat().st_mtime > max(Path(path).stat().st_mtime for path in checkpoints))
-    if not all(done(target, checkpoints) for (_, target), checkpoints in zip(files, wanted)):
+    if not all(done(target, set(map(str, paths))) for paths, target in files):
         eval_mmlu.main([*outs, '--task', task, *['--data', data] * bool(data), *['--all_stages'] * a.all_stages])
     short = '+'.join(Path(out).parent.name if out.endswith('.pt') else Path(out).name for out in outs)
     return [(short, json.loads(target.read_text(encoding='utf-8'))) for _, target in files]
