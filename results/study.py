@@ -39,10 +39,11 @@ QUESTIONS = 500                                        # of MMLU, evenly spread,
 # The arms
 
 EQUAL = '--stage_ratio 1 --lr_later 3e-3 --head_lr_later 2e-3 '      # with stages of equal length, cooler rates are worse
-RECIPES = {                                            # ways to grow 9 layers by three at a time, none above the budget of a stage
+RECIPES = {                                            # ways to grow 9 layers by three at a time, none above the budget of a stage: flags, LoRA phases
     'grown': (EQUAL, 0),                               # the paper's: three equal stages
-    'lora': (EQUAL + '--lora interleaved', 1),         # and LoRA phases after the second and the third, each as long as a stage
+    'lora': (EQUAL + '--lora interleaved --lora_lr 2e-3', 2),      # and LoRA phases after the second and the third, each as long as a stage
     'long': ('', 0),                                   # ours, the preset: each stage a quarter as long as the one below it, later ones at cooler rates
+    'late': ('--stage_ratio 0.1 --lora interleaved --lora_stages 3 --lora_lr 1e-3', 1),     # later stages shorter still, and a LoRA phase of a quarter of all tokens
 }
 RATES = '1e-3', '2e-3', '3e-3'                         # of the monolithic model's blocks; the grown ones have the preset's 3e-3
 
@@ -57,7 +58,7 @@ def flops(flags):
 def sized(flags, lora, stage_tokens, batch):
     """Flags with stages (and LoRA phases as long as a stage) of so many tokens, in whole batches."""
     n = str(max(1, round(stage_tokens / batch)) * batch)
-    return [*flags, '--stage_tokens', n, *['--lora_tokens', n] * lora]
+    return [*flags, '--stage_tokens', n, *['--lora_tokens', n] * (lora > 0)]
 
 
 def arms(common, tokens):
@@ -72,7 +73,7 @@ def arms(common, tokens):
         found[f'A.three_layers.s{seed}'] = sized([*base, '--layers', '3'], 0, tokens, batch)
         for recipe, (more, lora) in RECIPES.items():
             flags = [*base, *more.split()]
-            found[f'A.{recipe}.tokens.s{seed}'] = sized(flags, lora, tokens / (3 + 2 * lora), batch)
+            found[f'A.{recipe}.tokens.s{seed}'] = sized(flags, lora, tokens / (3 + lora), batch)
             for k, equal in enumerate(('block_flops', 'total_flops')):
                 many = 1000 * batch
                 found[f'A.{recipe}.{equal}.s{seed}'] = sized(flags, lora, many * flops(mono)[k] / flops(sized(flags, lora, many, batch))[k], batch)
