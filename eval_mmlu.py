@@ -27,6 +27,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter, namedtuple
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -226,7 +227,7 @@ def progress(plan, lengths, name):
         yield batch
         done, now = done + sum(lengths[i] for i in batch), time.monotonic()
         if name and (now > shown + 0.5 or done == total):
-            shown, left = now, grow.clock_time((now - start) * (total - done) / done)
+            shown, left = now, timedelta(seconds=int((now - start) * (total - done) / done))
             print(f'\r{name}: {done / total:.0%}, {left} left  ', end='\n' if done == total else '', file=sys.stderr, flush=True)
 
 def padding(plan, lengths):

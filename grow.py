@@ -21,6 +21,7 @@ It is not a fast path to a good chat model, and it reads no checkpoint of the pa
 import argparse
 import ctypes
 import dataclasses
+import fcntl
 import io
 import itertools
 import math
@@ -32,6 +33,7 @@ import sysconfig
 import time
 import zipfile
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -56,6 +58,7 @@ class Config:
     layers: int = opt(9, 'blocks of the finished model', 1, 1000)
     layers_per_stage: int = opt(3, 'blocks that a stage appends and trains; the last stage takes the remainder', 1, 1000)
     monolithic: bool = opt(False, 'train all layers at once, on as many tokens: the baseline')
+    restarts: bool = opt(False, 'monolithic: begin optimiser and schedule anew where a grown run does')
     substrate: str = opt('unicode', 'token interface: unicode, binary, random, learned (the only one that trains), or a .npy or .pt file')
     d_model: int = opt(None, 'width', 16, 16384)
     heads: int = opt(None, 'attention heads; d_model / heads must be even', 1, 1024)
@@ -65,12 +68,14 @@ class Config:
     head_birth: str = opt('unigram', 'output layer: weights zero and bias = log frequency of each token; or random', 'unigram', 'random')
     # the training
     data: tuple = opt(('stdlib',), 'data sets in data/, made by prepare_data.py; several are mixed in whole-number proportions: ru:3 en:1')
-    stage_tokens: int = opt(None, 'training tokens of a stage; the default never exceeds four epochs in all', 1, 10**12)
+    stage_tokens: int = opt(None, 'training tokens of a stage (of the mean stage); the default never exceeds four epochs in all', 1, 10**12)
+    stage_ratio: float = opt(None, 'tokens of a stage over those of the stage below it', 0.01, 100)
     batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
     micro_batch: int = opt(None, 'sequences that pass the model of a process at once; gradients add up over the rest of the batch', 1, 10**5)
     lr: float = opt(None, 'peak learning rate of the blocks', 1e-8, 1)
-    head_lr: float = opt(None, 'peak learning rate of the output layer in the first phase', 1e-8, 1)
-    head_lr_later: float = opt(None, 'the same where it starts warm: in every later phase, and with --grow_from and --tune_heads', 1e-8, 1)
+    head_lr: float = opt(None, 'peak learning rate of the output layer', 1e-8, 1)
+    lr_later: float = opt(None, 'the same of blocks in every later phase, and with --grow_from', 1e-8, 1)
+    head_lr_later: float = opt(None, 'the same of the output layer, which then starts warm; also with --tune_heads', 1e-8, 1)
     warmup: int = opt(10, 'steps of linear warm-up in every phase; then a cosine to a tenth of the peak', 0, 10**6)
     weight_decay: float = opt(0.1, 'AdamW weight decay of matrices in blocks', 0, 1)
     clip: float = opt(1.0, 'largest gradient norm', 1e-6, 1e6)
@@ -106,9 +111,9 @@ class Config:
     born_stage: int = 0
 
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, head_lr_later=2e-3,
+    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, stage_ratio=0.25, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, lr_later=1e-3, head_lr_later=5e-4,
                    lora='none', lora_tokens=131_072, lora_lr=2e-3, eval_tokens=32_768, save_every=1.0),
-    'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, head_lr_later=6e-4,
+    'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, stage_ratio=1.0, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, lr_later=6e-4, head_lr_later=6e-4,
                 lora='none', lora_tokens=4_194_304, lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
 }
 
@@ -158,14 +163,16 @@ def generator(*of):
 
 SLICE = 4096   # tokens of the vocabulary whose logits exist at once
 
+def slice_logits(h, weight, bias):
+    """h (N, d), weight (S, d), bias (S,) of a slice of the head -> its logits (N, S) in float32."""
+    return F.linear(h, weight.to(h.dtype), bias.to(h.dtype)).float()
+
 def slice_logsumexp(h, weight, bias):
-    """h (N, d), weight (S, d), bias (S,) of a slice of the head -> log sum exp of its logits (N,)."""
-    return F.linear(h, weight.to(h.dtype), bias.to(h.dtype)).float().logsumexp(1)
+    return slice_logits(h, weight, bias).logsumexp(1)
 
 def slice_gradients(h, weight, bias, logsumexp, g):
     """The part of a slice in the gradients of h, weight and bias, less the one-hot; logsumexp of all logits (N,), g: of the losses (N,)."""
-    logits = F.linear(h, weight.to(h.dtype), bias.to(h.dtype)).float()
-    p = ((logits - logsumexp[:, None]).exp() * g[:, None]).to(h.dtype)                                    # N, S: g softmax
+    p = ((slice_logits(h, weight, bias) - logsumexp[:, None]).exp() * g[:, None]).to(h.dtype)             # N, S: g softmax
     return p @ weight.to(h.dtype), p.T @ h, p.float().sum(0)
 
 class HeadLoss(torch.autograd.Function):
@@ -310,11 +317,13 @@ class Phase:
 
 def phases(c):
     """The run as a list of phases. The monolithic baseline is one phase over all blocks with as many tokens in all."""
-    depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
-    steps, plan, below = c.stage_tokens // c.batch_tokens, [], c.born_layers
     if c.moe:
         return [Phase('tune', 1, 0, 0, c.tune_heads // c.batch_tokens)]
-    for stage, depth in enumerate(depths, start=c.born_stage + 1):
+    depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
+    shares = [c.stage_ratio**k for k in range(len(depths))]
+    plan, below = [], c.born_layers
+    for stage, (depth, share) in enumerate(zip(depths, shares), start=c.born_stage + 1):
+        steps = max(1, round(share * len(depths) / sum(shares) * (c.stage_tokens // c.batch_tokens)))
         plan.append(Phase('grow', stage, depth, depth - below, steps, c.lora_rank if c.lora == 'joint' and below else 0))
         wanted = stage >= 2 if c.lora_stages == 'all' else str(stage) in c.lora_stages.split(',')
         if c.lora == 'interleaved' and wanted:
@@ -323,11 +332,14 @@ def phases(c):
                 raise UserError(f'--lora interleaved: not even rank 1 on {depth} blocks fits the budget; give more --layers_per_stage', status=2)
             plan.append(Phase('lora', stage, depth, 0, c.lora_tokens // c.batch_tokens, rank))
         below = depth
-    return [Phase('grow', 1, c.layers, c.layers, sum(p.steps for p in plan))] if c.monolithic else plan
+    if c.monolithic:                                  # with --restarts, its phases are as long as those of the grown run
+        every = [p.steps for p in plan] if c.restarts else [sum(p.steps for p in plan)]
+        return [Phase('grow', k, c.layers, c.layers, steps) for k, steps in enumerate(every, start=1)]
+    return plan
 
 def enter(model, phase):
     """Appends the phase's new blocks and adapters, and sets what trains: the topmost blocks, adapters on the others if any, the
-    final LayerNorm and the head. A `learned` interface trains in stage 1 (so all the time in a monolithic run), any other never."""
+    final LayerNorm and the head. A `learned` interface trains in stage 1 (and all the time in a monolithic run), any other never."""
     c = model.config
     if phase.kind == 'tune':
         model.requires_grad_(False).head.requires_grad_(True)
@@ -343,7 +355,7 @@ def enter(model, phase):
         part.requires_grad_(True)
     if not c.monolithic and c.lora != 'joint':
         assert count(model.parameters(), active=True) <= budget(c), f'{phase} exceeds the budget of active parameters'
-    model.interface.requires_grad_(model.interface.name == 'learned' and phase.stage == 1)
+    model.interface.requires_grad_(model.interface.name == 'learned' and (phase.stage == 1 or c.monolithic))
 
 def budget(c):
     """The most parameters that may train at a time: the blocks of one stage, the head and the final LayerNorm."""
@@ -423,7 +435,7 @@ class MixtureOfExperts(nn.Module):
     def share_interface(self):
         """Keeps equal tables once in memory."""
         for e in self.experts[1:]:
-            if not tables_differ([self.experts[0], e]):
+            if not tables_differ(self.experts[0], e):
                 e.interface.table = self.experts[0].interface.table
         return self
 
@@ -437,24 +449,23 @@ class MixtureOfExperts(nn.Module):
 
     forward = GrowingTransformer.forward
 
-def tables_differ(experts):
-    """What keeps experts from sharing an interface, in words, or ''. The tables are compared themselves, not their names (SPEC: within 1e-5)."""
-    first, *others = [e.interface for e in experts]
-    for other in others:
-        if first.table.shape != other.table.shape:
-            return f'the table of {first.name} is {tuple(first.table.shape)}, that of {other.name} {tuple(other.table.shape)}'
-        difference = (first.table - other.table).abs().max().item()
-        if not difference <= 1e-5:
-            return f'the tables of {first.name} and {other.name} differ by up to {difference:.2g}'
-    return ''
+def tables_differ(a, b):
+    """What keeps two experts from sharing an interface, in words, or ''. The tables themselves are compared, not their names; within 1e-5
+    (our choice) they are equal."""
+    a, b = a.interface, b.interface
+    if a.table.shape != b.table.shape:
+        return f'the table of {a.name} is {tuple(a.table.shape)}, that of {b.name} {tuple(b.table.shape)}'
+    difference = (a.table - b.table).abs().max().item()
+    return '' if difference <= 1e-5 else f'the tables of {a.name} and {b.name} differ by up to {difference:.2g}'
 
 def merge_experts(c):
     """The experts of --moe as one model on c.device. Raises UserError if their interfaces differ, unless that is allowed."""
     experts = [load_model(path) for path in c.moe]
     if any(isinstance(e, MixtureOfExperts) for e in experts):
         raise UserError('--moe takes grown models, and one of these is a mixture already: name its experts instead')
-    if (why := tables_differ(experts)) and not c.allow_mismatch:
-        raise UserError(f'these experts have no common interface: {why}; train them on the same substrate, or give --allow_mismatch')
+    for other in experts[1:]:
+        if (why := tables_differ(experts[0], other)) and not c.allow_mismatch:
+            raise UserError(f'these experts have no common interface: {why}; train them on the same substrate, or give --allow_mismatch')
     return MixtureOfExperts(experts).share_interface().to(c.device).eval()
 
 def compare_experts(c):
@@ -502,7 +513,9 @@ def set_up(c):
         torch.cuda.set_device(LOCAL_RANK)
         assert torch.backends.cuda.flash_sdp_enabled(), 'flash attention is off: call torch.backends.cuda.enable_flash_sdp(True)'
     if c.dtype == 'auto':
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if c.device == 'cuda' else native_bf16() if c.device == 'cpu' else False
+        has = torch.cpu.get_capabilities()           # emulated bfloat16 is slower than float32
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if c.device == 'cuda' else
+                  c.device == 'cpu' and any(has.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16')))
         c.dtype = 'bfloat16' if native else 'float32'
     compiler = c.device == 'cuda' or any(map(shutil.which, ('c++', 'g++', 'clang++'))) and os.path.exists(sysconfig.get_path('include') + '/Python.h')
     if c.compile and not compiler:
@@ -517,11 +530,6 @@ def set_up(c):
     name = torch.cuda.get_device_name() if c.device == 'cuda' else f'{torch.get_num_threads()} threads'
     print(f'device {f"{RANKS} x " if RANKS > 1 else ""}{c.device} ({name}), {c.dtype}, {"compiled" if c.compile else "eager"}, torch {torch.__version__}')
     return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == 'bfloat16')
-
-def native_bf16():
-    """Whether this CPU multiplies bfloat16 by itself; where it does not, bfloat16 is slower than float32."""
-    has = torch.cpu.get_capabilities()
-    return has.get('avx512_bf16', False) or has.get('amx_bf16', False) or has.get('bf16', False)
 
 def compile_model(model):
     """Compiles block by block and in place: blocks share their graphs, so growing costs nothing, and state-dict keys stay."""
@@ -541,8 +549,9 @@ def make_optimizer(model, c, later=False):
         if p.requires_grad:
             kind = head if name.startswith('head') else adapters if name.endswith(('.A', '.B')) else matrices if name.endswith('.weight') and p.dim() == 2 else vectors
             kind.append(p)
-    groups = [dict(params=matrices, lr=c.lr, weight_decay=c.weight_decay), dict(params=adapters, lr=c.lora_lr),
-              dict(params=head, lr=c.head_lr_later if later else c.head_lr), dict(params=vectors, lr=c.lr)]   # with a learned interface's table
+    lr, head_lr = (c.lr_later, c.head_lr_later) if later else (c.lr, c.head_lr)
+    groups = [dict(params=matrices, lr=lr, weight_decay=c.weight_decay), dict(params=adapters, lr=c.lora_lr),
+              dict(params=head, lr=head_lr), dict(params=vectors, lr=lr)]      # with a learned interface's table
     for group in groups:
         group['peak'] = group['lr']
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -584,10 +593,7 @@ def load(path):
 
 def restore(ckpt, c=None):
     """Checkpoint -> its model (to go on under another config c), with its own interface table, and everything frozen."""
-    if 'experts' in ckpt:
-        model = MixtureOfExperts([bare_model(Config(**e['config']), e) for e in ckpt['experts']])
-    else:
-        model = bare_model(c or Config(**ckpt['config']), ckpt)
+    model = bare_model(ckpt, c)
     for name, tensor in ckpt['model'].items():
         if name.endswith('qkv.A'):                    # saved in the middle of a LoRA phase
             add_adapters([model.blocks[int(name.split('.')[1])]], len(tensor))
@@ -600,10 +606,13 @@ def parts(model):
         return dict(experts=[dict(config=dataclasses.asdict(e.config), **parts(e)) for e in model.experts])
     return dict(depth=len(model.blocks), interface=model.interface.fingerprint)
 
-def bare_model(c, ckpt):
+def bare_model(parts, c=None):
     """The model that `parts` described, its weights not yet filled."""
-    model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, ckpt['interface']))
-    model.append(ckpt['depth'])
+    if 'experts' in parts:
+        return MixtureOfExperts([bare_model(e) for e in parts['experts']])
+    c = c or Config(**parts['config'])
+    model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, parts['interface']))
+    model.append(parts['depth'])
     return model
 
 def load_model(path, device='cpu'):
@@ -614,7 +623,6 @@ def load_model(path, device='cpu'):
 
 def open_out(c):
     """The run's folder, locked for this process. Refuses one that another process writes to."""
-    import fcntl                                     # Linux and macOS
     number = 1 + max((int(p.name) for p in Path('out').glob('*') if p.name.isdecimal()), default=0)
     c.out = c.out or (newest_out() if c.resume else f'out/{number:03d}')
     out = Path(c.out)
@@ -636,10 +644,9 @@ def open_out(c):
 
 def newest_out():
     """The folder in out/ with the newest checkpoint."""
-    runs = sorted(Path('out').glob('*/latest.pt'), key=lambda p: p.stat().st_mtime)
-    if not runs:
+    if not (newest := max(Path('out').glob('*/latest.pt'), key=lambda p: p.stat().st_mtime, default=None)):
         raise UserError('there is no run in out/ yet: train one with `python grow.py`, or name one with --out')
-    return str(runs[-1].parent)
+    return str(newest.parent)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation and sampling
@@ -720,12 +727,16 @@ def machine(c):
     return dict(torch=str(torch.__version__), processes=RANKS, threads=torch.get_num_threads(), device=c.device, dtype=c.dtype, compile=c.compile,
                 micro_batch=c.micro_batch)
 
+def agree(given, names, stored, path):
+    """Refuses a flag that contradicts the config `stored` in the checkpoint of `path`."""
+    for name in names:
+        if name in given and given[name] != getattr(stored, name):
+            raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
+
 def resumed_config(c, given, ckpt, path):
     """The config in the checkpoint, with what the flags may change. Other flags must agree with it."""
     stored = Config(**ckpt['config'])
-    for name in given.keys() - RUNTIME:
-        if given[name] != getattr(stored, name):
-            raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
+    agree(given, given.keys() - RUNTIME, stored, path)
     return share_batch(dataclasses.replace(stored, **{name: getattr(c, name) for name in RUNTIME & given.keys() | {'out', 'resume'}}), given)
 
 def share_batch(c, given):
@@ -754,15 +765,13 @@ def grown_config(c, given):
     if 'experts' in ckpt:
         raise UserError(f'{c.grow_from} is a mixture of experts: --grow_from takes a grown model')
     source = Config(**ckpt['config'])
-    for name in ('substrate', 'd_model', 'heads', 'context'):
-        if name in given and given[name] != getattr(source, name):
-            raise UserError(f'--{name} {given[name]} contradicts the model in {c.grow_from}, which has {getattr(source, name)}: leave the flag out', status=2)
-        setattr(c, name, getattr(source, name))
+    sizes = 'substrate', 'd_model', 'heads', 'context'
+    agree(given, sizes, source, c.grow_from)
     if ckpt['at']['phase'] < len(phases(source)):
         raise UserError(f'the run in {c.grow_from} is not finished: finish it by --resume first')
     if c.layers <= ckpt['depth']:
         raise UserError(f'--layers {c.layers}: the model in {c.grow_from} has {ckpt["depth"]} already; give a larger number', status=2)
-    return dataclasses.replace(c, born_layers=ckpt['depth'], born_stage=phases(source)[-1].stage)
+    return dataclasses.replace(c, born_layers=ckpt['depth'], born_stage=phases(source)[-1].stage, **{name: getattr(source, name) for name in sizes})
 
 def train(c, given):
     """The main job: grows a model phase by phase, or goes on where OUT/latest.pt stands. -> the folder of the run."""
@@ -867,7 +876,7 @@ def train(c, given):
                 seconds, logged, lr = at['seconds'], at['step'], next(g['lr'] for g in optimizer.param_groups if g['params'])
                 log_row(train_loss=f'{loss:.5f}', lr=f'{lr:.3e}', tokens_per_s=f'{speed:.0f}')
                 print(f'{phase.kind} {phase.stage} | step {at["step"]:5d}/{phase.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.3f} | '
-                      f'{speed:9,.0f} tok/s | {clock_time(left * c.batch_tokens / speed)} left', flush=True)
+                      f'{speed:9,.0f} tok/s | {timedelta(seconds=int(left * c.batch_tokens / speed))} left', flush=True)
             due = over_ranks(2 * len(stop) + (not RANK and time.monotonic() - saved > 60 * c.save_every))    # one clock, any Ctrl-C
             if due:
                 save_as('latest.pt', optimizer=optimizer.state_dict())
@@ -896,10 +905,6 @@ def train(c, given):
         report(model, at, batches, c, amp)
     return out
 
-def clock_time(seconds):
-    """Seconds as h:mm:ss."""
-    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
-
 def report(model, at, batches, c, amp):
     """Prints the table of the stages, the n-gram baselines counted on the very tokens the run saw, peak memory, and a sample."""
     print()
@@ -908,7 +913,7 @@ def report(model, at, batches, c, amp):
         losses = zip(('unigram', 'bigram'), prepare_data.ngram_losses(batches, at['global_step'], d, c.eval_tokens))
         print(f'{d.name}: ' + '; '.join(f'{name} {loss:.4f} nats, perplexity {math.exp(loss):.2f}, {in_units(loss, d)["bits_per_byte"]:.3f} bits a byte'
                                         for name, loss in losses))
-    print(f'peak memory {peak_memory(c.device) / 2**30:.2f} GiB, {clock_time(at["seconds"])} of training\n')
+    print(f'peak memory {peak_memory(c.device) / 2**30:.2f} GiB, {timedelta(seconds=int(at["seconds"]))} of training\n')
     print(f'--- sample\n{PROMPT}{sample(model, PROMPT, c, amp)}')
 
 def peak_memory(device):
@@ -963,6 +968,7 @@ def configure(argv):
             (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
             (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.monolithic and (given.get('lora', 'none') != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
+            (c.restarts and not c.monolithic, '--restarts is for --monolithic: a grown run restarts by itself'),
             (c.lora_stages != 'all' and not set(c.lora_stages.split(',')) <= stages, f'--lora_stages {c.lora_stages} must be all, or numbers of stages like 2,3'),
             (len(c.moe) == 1 or c.tune_heads and not c.moe, '--moe needs two experts or more, and --tune_heads needs --moe'),
             (c.tune_heads and c.tune_heads < c.batch_tokens, f'--tune_heads must be at least the --batch_tokens {c.batch_tokens} of one step'),

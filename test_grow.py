@@ -38,7 +38,7 @@ import substrate
 REPO = Path(__file__).parent
 UNIFONT = Path(os.environ.get('UNIFONT', '/usr/share/fonts/opentype/unifont/unifont.otf'))
 TINY = dict(layers=3, layers_per_stage=1, d_model=32, heads=2, context=16, substrate='binary', stage_tokens=640, batch_tokens=64, micro_batch=4,
-            lr=1e-2, head_lr=1e-2, head_lr_later=1e-2, eval_tokens=256, save_every=100, device='cpu', dtype='float32', compile=False, head_birth='random', lora='none', lora_tokens=320)
+            lr=1e-2, head_lr=1e-2, stage_ratio=1.0, lr_later=1e-2, head_lr_later=1e-2, eval_tokens=256, save_every=100, device='cpu', dtype='float32', compile=False, head_birth='random', lora='none', lora_tokens=320)
 PAPER = dict(d_model=1024, heads=32, context=1024)
 
 
@@ -98,6 +98,27 @@ def fails(capsys, argv, *words, status=1, main=grow.main):
     assert 'Traceback' not in error and '\n' not in error, error
     for word in words:
         assert word in error, error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+
+def test_links_of_the_readme_lead_to_what_they_name():
+    text = (REPO / 'README.md').read_text(encoding='utf-8')
+    lines = re.findall(r'\[`(\w+)`\]\((\w+\.py)#L(\d+)\)', text)
+    assert len(lines) >= 20
+    for name, path, number in lines:
+        assert re.match(rf'\s*(def|class) {name}\b', (REPO / path).read_text(encoding='utf-8').splitlines()[int(number) - 1]), f'{path}#L{number} is not {name}'
+    for path in re.findall(r'\]\((?!http)([^)#]+)', text):
+        assert (REPO / path).exists(), path
+
+
+def test_flags_of_the_readme_exist():
+    known = {f.name for f in dataclasses.fields(grow.Config) if f.metadata}
+    for command in re.findall(r'python grow\.py ([^`\n]*)', (REPO / 'README.md').read_text(encoding='utf-8')):
+        for flag in re.findall(r'--([a-z_]+)', command):
+            assert flag.removeprefix('no_') in known, command
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -891,6 +912,27 @@ def test_optimizer_holds_exactly_the_trainable_set():
         assert {n.split('.')[1] for n in names if n.startswith('blocks')} == {str(k) for k in top}
         assert {'head.weight', 'head.bias', 'norm.weight', 'norm.bias'} <= names
         assert ('interface.table' in names) == interface_trains
+
+
+def test_stages_that_shrink_keep_budget_and_tokens():
+    for ratio, lora in ((0.5, 'none'), (2.0, 'interleaved'), (0.01, 'none')):
+        c = config(stage_tokens=6400, layers=5, layers_per_stage=2, stage_ratio=ratio, lora=lora)
+        rows = grow.ledger(c)
+        grown = [r for r in rows if r['phase'] == 'grow']
+        assert max(r['active'] for r in rows) <= grow.budget(c)
+        assert abs(sum(r['tokens'] for r in grown) - len(grown) * 6400) <= len(grown) * c.batch_tokens
+        for a, b in zip(grown, grown[1:]):
+            assert b['tokens'] > 0 and abs(b['tokens'] - ratio * a['tokens']) <= (1 + ratio) * c.batch_tokens
+
+
+def test_monolithic_restarts_where_a_grown_run_does(here):
+    c = config(monolithic=True, restarts=True, stage_ratio=0.5, substrate='learned')
+    plan = grow.phases(c)
+    assert [(p.depth, p.trained) for p in plan] == [(3, 3)] * 3 and [p.steps for p in plan] == [p.steps for p in grow.phases(config(stage_ratio=0.5))]
+    model = model_of(c, blocks=0)
+    for phase in plan:
+        grow.enter(model, phase)
+        assert all(p.requires_grad for p in model.parameters())
 
 
 def test_frozen_tensors_keep_their_bytes_over_a_stage(here):

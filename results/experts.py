@@ -33,7 +33,7 @@ import grow
 import prepare_data
 from substrate import VOCAB, Parser, UserError, cli, replacing
 
-FLAGS = '--layers 9 --layers_per_stage 3 --lora none --d_model 256 --heads 8 --context 256 --batch_tokens 1024'
+FLAGS = '--layers 9 --layers_per_stage 3 --stage_ratio 1 --lr_later 3e-3 --head_lr_later 2e-3 --lora none --d_model 256 --heads 8 --context 256 --batch_tokens 1024'
 LANGUAGES = 'ru', 'zh', 'en'
 PAIRS = {'merged': ('expert_ru', 'expert_zh'), 'learned_merged': ('learned_ru', 'learned_zh')}      # the models without a training of their own
 
