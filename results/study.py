@@ -269,17 +269,17 @@ def main(argv=None):
     parser.add_argument('--work', default=HERE.parent / 'out' / 'study', type=Path, help='folder of data and weights (out/study)')
     parser.add_argument('--tokens', type=int, default=221_184, help='training tokens of a tier A arm (%(default)s); half as many in tier B')
     parser.add_argument('--flags', default='', help=f'further flags of grow.py for every training, after {FLAGS}')
-    parser.add_argument('--only', default='', metavar='NAME', help='the arms whose names begin so; draw: nothing but tables and pictures')
+    parser.add_argument('--only', nargs='+', default=[''], metavar='NAME', help='the arms whose names begin so; draw: nothing but tables and pictures')
     parser.add_argument('--jobs', type=int, default=2, help='arms at a time, of one thread each (%(default)s)')
     parser.add_argument('--mmlu', metavar='DIR', help='as --data of eval_mmlu.py')
     args = parser.parse_args(argv)
-    if args.only != 'draw':
+    if args.only != ['draw']:
         args.work.mkdir(parents=True, exist_ok=True)
         common = [*FLAGS.split(), *shlex.split(args.flags)]
         mmlu, work = args.mmlu and str(Path(args.mmlu).resolve()), args.work.resolve()
         os.chdir(work)                                 # where grow.py finds data/
         grow.open_data(grow.configure(common)[0])      # prepares it, once
-        todo = [(k, name, flags) for k, (name, flags) in enumerate(arms(common, args.tokens).items()) if name.startswith(args.only)]
+        todo = [(k, name, flags) for k, (name, flags) in enumerate(arms(common, args.tokens).items()) if name.startswith(tuple(args.only))]
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for name, _ in zip((name for _, name, _ in todo), pool.map(lambda arm: train(*arm, work, mmlu), todo)):
                 print(f'{name}: val loss {loss_of(json.loads((HERE / "study" / name / "result.json").read_text())):.4f}', flush=True)
