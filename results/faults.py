@@ -148,12 +148,14 @@ def interrupts(place, text, whole):
     shutil.copytree(place / 'whole' / 'data', folder / 'data')
     pid = start(folder, *job(folder, text))
     wait_for((folder / 'run' / 'stage_1.pt').exists, pid)
+    os.kill(pid, signal.SIGSTOP)                       # it waits while others try
     (folder / 'second').mkdir()
     refused = []
     for argv in (GROW, RESUME):
         argv = [str(folder / word) if word == 'run' else str(folder / 'data' / word) if word == 'tiny' else word for word in argv]
         refused.append(ended(start(folder / 'second', (grow.main, argv))) == 1 and one_sentence(folder / 'second', 'another process is writing to'))
     os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGCONT)
     status, said = ended(pid), (folder / 'said').read_text()
     shutil.rmtree(folder / 'second')
     say(f'two runs in one folder: {sum(refused)} of 2 refused, with and without --resume', all(refused))
@@ -271,7 +273,8 @@ def main():
             sys.exit((place / 'whole' / 'said').read_text())
         whole, times = outcome(place / 'whole'), (0.9 * (second - first), time.monotonic() - begun)
         say(f'the job uninterrupted: {time.monotonic() - began:.0f} s, {len(whole[2])} tensors in {len(list((place / "whole" / "run").glob("*.pt")))} checkpoints')
-        kills(place, text, whole, times, count, seed)
+        if count:
+            kills(place, text, whole, times, count, seed)
         interrupts(place, text, whole)
         damages(place, random.Random(seed))
         full_disks(place, text, whole)
