@@ -69,7 +69,7 @@ class Config:
     # the training
     data: tuple = opt(('stdlib',), 'data sets in data/, made by prepare_data.py; several are mixed in whole-number proportions: ru:3 en:1')
     stage_tokens: int = opt(None, 'training tokens of a stage (of the mean stage); the default never exceeds four epochs in all', 1, 10**12)
-    stage_ratio: float = opt(None, 'tokens of a stage over those of the stage below it', 0.01, 100)
+    stage_ratio: float = opt(None, 'tokens of each later stage over those of the first', 0.01, 100)
     batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
     micro_batch: int = opt(None, 'sequences that pass the model of a process at once; gradients add up over the rest of the batch', 1, 10**5)
     lr: float = opt(None, 'peak learning rate of the blocks', 1e-8, 1)
@@ -111,7 +111,7 @@ class Config:
     born_stage: int = 0
 
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, stage_ratio=0.25, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, lr_later=1e-3, head_lr_later=5e-4,
+    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, stage_ratio=0.2, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, lr_later=1e-3, head_lr_later=5e-4,
                    lora='none', lora_tokens=131_072, lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
     'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, stage_ratio=1.0, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, lr_later=6e-4, head_lr_later=6e-4,
                 lora='none', lora_tokens=4_194_304, lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
@@ -320,7 +320,7 @@ def phases(c):
     if c.moe:
         return [Phase('tune', 1, 0, 0, c.tune_heads // c.batch_tokens)]
     depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
-    shares = [c.stage_ratio**k for k in range(len(depths))]
+    shares = [c.stage_ratio if k + c.born_stage else 1.0 for k in range(len(depths))]
     plan, below = [], c.born_layers
     for stage, (depth, share) in enumerate(zip(depths, shares), start=c.born_stage + 1):
         steps = max(1, round(share * len(depths) / sum(shares) * (c.stage_tokens // c.batch_tokens)))
