@@ -111,7 +111,7 @@ class Config:
     born_stage: int = 0
 
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, stage_ratio=0.2, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, lr_later=1e-3, head_lr_later=5e-4,
+    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, stage_ratio=0.1, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, lr_later=1e-3, head_lr_later=5e-4,
                    lora='none', lora_tokens=131_072, lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
     'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, stage_ratio=1.0, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, lr_later=6e-4, head_lr_later=6e-4,
                 lora='none', lora_tokens=4_194_304, lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model

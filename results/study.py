@@ -42,7 +42,7 @@ EQUAL = '--stage_ratio 1 --lr_later 3e-3 --head_lr_later 2e-3 '      # with stag
 RECIPES = {                                            # ways to grow 9 layers by three at a time, none above the budget of a stage: flags, LoRA phases
     'grown': (EQUAL, 0),                               # the paper's: three equal stages
     'lora': (EQUAL + '--lora interleaved --lora_lr 2e-3', 2),      # and LoRA phases after the second and the third, each as long as a stage
-    'long': ('', 0),                                   # ours, the preset: later stages a fifth as long as the first, at cooler rates
+    'long': ('', 0),                                   # ours, the preset: later stages a tenth as long as the first, at cooler rates
 }
 RATES = {'0': ('1e-3', '2e-3', '3e-3'), '1': ('2e-3',)}      # of the monolithic model's blocks, by seed: seed 1 takes the best of seed 0. Grown: the preset's 3e-3
 
