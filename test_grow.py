@@ -1630,7 +1630,8 @@ def test_wrong_command_lines_end_in_one_sentence(script, argv, word, finished, t
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in finished.iterdir()}
     cpu = ['--device', 'cpu'] if script is grow and '--device' not in argv else []
-    monkeypatch.setattr(prepare_data, 'download', None)                           # whoever gets that far has failed
+    for name in ('download', 'prepare_stdlib'):                                   # whoever gets that far has failed
+        monkeypatch.setattr(prepare_data, name, None)
     fails(capsys, [dict(RUN=str(finished), TEXT=str(substrate.NGRAMS)).get(x, x) for x in argv] + cpu, word, status=2, main=script.main)
     assert not list(tmp_path.iterdir()) and before == {path: path.read_bytes() for path in finished.iterdir()}
 
