@@ -4,7 +4,7 @@ Growing Transformers on a frozen substrate (arXiv 2507.07129), in one file to re
 A decoder-only language model whose token embeddings are a fixed function of the token (its glyph, or its number) and are
 never trained. It grows: train a few blocks, freeze them, append new ones on top, train only those and the output layer, repeat.
 The number of parameters in training, the *active* ones, stays constant while the model gets deeper. In between, low-rank adapters
-readjust all frozen blocks within the same budget and are merged away; models grown apart become one by averaging their logits.
+may readjust all frozen blocks within the same budget and are merged away; models grown apart become one by averaging their logits.
 
     python grow.py                                      # grow 9 layers in 3 stages on text that every Python brings along
     python grow.py --layers 9 --substrate unicode       # the same, spelled out; other substrates: binary, random, learned
@@ -68,21 +68,21 @@ class Config:
     head_birth: str = opt('unigram', 'output layer: weights zero and bias = log frequency of each token; or random', 'unigram', 'random')
     # the training
     data: tuple = opt(('stdlib',), 'data sets in data/, made by prepare_data.py; several are mixed in whole-number proportions: ru:3 en:1')
-    stage_tokens: int = opt(None, 'training tokens of a stage (of the mean stage); the default never exceeds four epochs in all', 1, 10**12)
+    stage_tokens: int = opt(None, 'training tokens of a stage (of the mean stage); where no length is given, at most four epochs of all data in all', 1, 10**12)
     stage_ratio: float = opt(None, 'tokens of each later stage over those of the first', 0.01, 100)
     batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
     micro_batch: int = opt(None, 'sequences that pass the model of a process at once; gradients add up over the rest of the batch', 1, 10**5)
     lr: float = opt(None, 'peak learning rate of the blocks', 1e-8, 1)
     head_lr: float = opt(None, 'peak learning rate of the output layer', 1e-8, 1)
-    lr_later: float = opt(None, 'the same of blocks in every later phase, and with --grow_from', 1e-8, 1)
-    head_lr_later: float = opt(None, 'the same of the output layer, which then starts warm; also with --tune_heads', 1e-8, 1)
+    lr_later: float = opt(None, 'peak learning rate of the blocks in every later phase, and with --grow_from', 1e-8, 1)
+    head_lr_later: float = opt(None, 'the same of the output layer, which is trained already; also with --tune_heads', 1e-8, 1)
     warmup: int = opt(10, 'steps of linear warm-up in every phase; then a cosine to a tenth of the peak', 0, 10**6)
     weight_decay: float = opt(0.1, 'AdamW weight decay of matrices in blocks', 0, 1)
     clip: float = opt(1.0, 'largest gradient norm', 1e-6, 1e6)
     eval_tokens: int = opt(None, 'validate on the first so many tokens of the val split, always the same', 1, 10**12)
     seed: int = opt(0, 'of weights at birth, data order and sampling', 0, 2**31 - 1)
     # LoRA
-    lora: str = opt(None, 'low-rank adapters on frozen blocks: in phases of their own after stages (interleaved), or beside new blocks (joint)',
+    lora: str = opt('none', 'low-rank adapters on frozen blocks: in phases of their own after stages (interleaved), or beside new blocks (joint)',
                     'none', 'interleaved', 'joint')
     lora_stages: str = opt('all', 'stages that a LoRA phase follows, such as 2,3; all: every one from the second')
     lora_tokens: int = opt(None, 'training tokens of a LoRA phase', 1, 10**12)
@@ -112,9 +112,9 @@ class Config:
 
 PRESETS = {
     'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, stage_ratio=0.1, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, lr_later=1e-3, head_lr_later=5e-4,
-                   lora='none', lora_tokens=131_072, lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
+                   lora_tokens=131_072, lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
     'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, stage_ratio=1.0, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, lr_later=6e-4, head_lr_later=6e-4,
-                lora='none', lora_tokens=4_194_304, lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
+                lora_tokens=4_194_304, lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ class LoRA(nn.Module):
         return self.linear
 
 def add_adapters(blocks, rank, *seed):
-    """Puts an adapter on the four linear layers of every block that has none yet."""
+    """Puts an adapter on the four linear layers of every block that has none yet (a run resumed in the middle of a phase has them)."""
     for k, block in enumerate(blocks):
         for name in LINEARS:
             if not isinstance(getattr(block, name), LoRA):
@@ -316,7 +316,7 @@ class Phase:
     rank: int = 0   # of the adapters on all other blocks; 0 = none
 
 def phases(c):
-    """The run as a list of phases. The monolithic baseline is one phase over all blocks with as many tokens in all."""
+    """The run as a list of phases. The monolithic baseline is one phase (with --restarts, as many as the grown run) over all blocks, with as many tokens."""
     if c.moe:
         return [Phase('tune', 1, 0, 0, c.tune_heads // c.batch_tokens)]
     depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
@@ -355,7 +355,7 @@ def enter(model, phase):
         part.requires_grad_(True)
     if not c.monolithic and c.lora != 'joint':
         assert count(model.parameters(), active=True) <= budget(c), f'{phase} exceeds the budget of active parameters'
-    model.interface.requires_grad_(model.interface.name == 'learned' and (phase.stage == 1 or c.monolithic))
+    model.interface.requires_grad_(model.interface.name == 'learned' and phase.kind == 'grow' and (phase.stage == 1 or c.monolithic))
 
 def budget(c):
     """The most parameters that may train at a time: the blocks of one stage, the head and the final LayerNorm."""
@@ -371,10 +371,10 @@ def flops_per_token(c, phase):
     backward; a frozen one its forward pass; one with adapters also the way back through it, and the adapters. (HeadLoss computes its
     logits twice, a third more than is counted.)"""
     matrices, attention = 2 * 12 * c.d_model**2, 2 * c.context * c.d_model
-    frozen = matrices + attention
+    other = matrices + attention                      # of a block that does not train
     if phase.rank:
-        frozen += matrices + 2 * attention + 3 * 2 * 16 * c.d_model * phase.rank
-    return frozen * (phase.depth - phase.trained) + 3 * (matrices + attention) * phase.trained, 3 * 2 * c.d_model * VOCAB
+        other += matrices + 2 * attention + 3 * 2 * 16 * c.d_model * phase.rank
+    return other * (phase.depth - phase.trained) + 3 * (matrices + attention) * phase.trained, 3 * 2 * c.d_model * VOCAB
 
 def ledger(c):
     """One dict a phase: what is frozen, what trains, what it costs. Built by the training code itself, on the meta device."""
@@ -408,8 +408,8 @@ def print_plan(c):
         table(rows)
         blocks, head = (sum(r[kind] * r['tokens'] for r in rows) for kind in ('block_flops', 'head_flops'))
         print(f'{title}: {blocks + head:.3g} training FLOPs, of them {blocks:.3g} in blocks')
-        over = max(r['active'] for r in rows) - budget(c)
-        if c.lora == 'joint' and over > 0 and not config.monolithic:
+        over = max((r['active'] for r in rows if r['rank']), default=0) - budget(c)
+        if c.lora == 'joint' and over > 0:
             print(f'joint adapters exceed the budget of {budget(c):,} active parameters by up to {over:,}')
         print()
 
@@ -542,8 +542,8 @@ def compile_model(model):
     model.slices = tuple(torch.compile(f, dynamic=False) for f in (slice_logsumexp, slice_gradients))
 
 def make_optimizer(model, c, later=False):
-    """AdamW over exactly the trainable parameters; a fresh one for every phase, since a frozen tensor that stays in an optimiser
-    still moves by weight decay and momentum."""
+    """AdamW over exactly the trainable parameters; a fresh one for every phase, so that moments exist only for what
+    trains, and no stale gradient or momentum moves what is frozen."""
     matrices, vectors, adapters, head = [], [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -791,7 +791,7 @@ def train(c, given):
     if wanted > most and not ckpt and not {'stage_tokens', 'lora_tokens', 'moe'} & given.keys():
         c.stage_tokens, c.lora_tokens = (max(c.batch_tokens, n * most // wanted) for n in (c.stage_tokens, c.lora_tokens))
         print(f'--stage_tokens {c.stage_tokens}, --lora_tokens {c.lora_tokens}: four epochs of the data, instead of {wanted / most * 4:.1f}')
-    batches = prepare_data.Batches(datasets, weights, c.seed + c.born_stage, c.batch_tokens // c.context, c.context)   # not what the source saw
+    batches = prepare_data.Batches(datasets, weights, c.seed + c.born_stage, c.batch_tokens // c.context, c.context)   # another order than the source's
     fingerprint = digest(*(d.fingerprint for d in datasets))
     plan = phases(c)
     at = ckpt['at'] if ckpt else dict(phase=0, step=0, global_step=0, seconds=0.0, log_bytes=0, history=[], began=0.0)
@@ -817,7 +817,7 @@ def train(c, given):
     if not at['log_bytes']:
         log.write(','.join(COLUMNS) + '\n')
 
-    def log_row(**row):
+    def log_row(**row):                               # phase and sizes: of the loop below
         row |= dict(phase=phase.kind, stage=phase.stage, step=at['step'], tokens=at['global_step'] * c.batch_tokens, seconds=f'{at["seconds"]:.1f}', **sizes)
         log.write(','.join(str(row.get(column, '')) for column in COLUMNS) + '\n')
 
@@ -833,6 +833,7 @@ def train(c, given):
         at['history'].append(dict(phase=name, stage=phase.stage, layers=len(model.blocks), rank=phase.rank, **sizes,
                                   tokens=at['global_step'] * c.batch_tokens, **val, tokens_per_s=round(speed)))
 
+    every = sum(p.steps for p in plan)                # steps of the whole run
     stop = []                                         # Ctrl-C waits for the end of the step: none is cut in half
     signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
     if not ckpt:
@@ -852,13 +853,12 @@ def train(c, given):
             optimizer.load_state_dict(ckpt['optimizer'])
         sizes = dict(active_params=count(model.parameters(), active=True), total_params=count(model.parameters()))
         adapters = f' with adapters of rank {phase.rank}' if phase.rank else ''
-        print(f'{phase.kind} {phase.stage}: {phase.depth} blocks, {phase.depth - phase.trained} of them frozen{adapters}; '
+        print(f'{phase.kind} {phase.stage}: {len(model.blocks)} blocks, {len(model.blocks) - phase.trained} of them frozen{adapters}; '
               f'{sizes["active_params"]:,} of {sizes["total_params"]:,} parameters are active; {phase.steps * c.batch_tokens:,} tokens')
 
         # ---- its steps
         model.train()
         at['began'] = at['began'] if at['step'] else at['seconds']
-        left = sum(p.steps for p in plan[at['phase']:]) - at['step']
         clock = saved = time.monotonic()
         seconds, logged = at['seconds'], at['step']
         while at['step'] < phase.steps:
@@ -870,13 +870,12 @@ def train(c, given):
                     f'loss {loss}, gradient norm {norm} in {phase.kind} {phase.stage}, step {at["step"] + 1}: not finite, so nothing '
                     f'was updated; {out}/latest.pt holds the last good state; start again with a lower --lr')
             at.update(step=at['step'] + 1, global_step=at['global_step'] + 1, seconds=at['seconds'] + time.monotonic() - clock)
-            left -= 1
             if at['step'] % LOG_EVERY == 0 or at['step'] == phase.steps:
                 speed = (at['step'] - logged) * c.batch_tokens / (at['seconds'] - seconds)
                 seconds, logged, lr = at['seconds'], at['step'], next(g['lr'] for g in optimizer.param_groups if g['params'])
                 log_row(train_loss=f'{loss:.5f}', lr=f'{lr:.3e}', tokens_per_s=f'{speed:.0f}')
                 print(f'{phase.kind} {phase.stage} | step {at["step"]:5d}/{phase.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.3f} | '
-                      f'{speed:9,.0f} tok/s | {timedelta(seconds=int(left * c.batch_tokens / speed))} left', flush=True)
+                      f'{speed:9,.0f} tok/s | {timedelta(seconds=int((every - at["global_step"]) * c.batch_tokens / speed))} left', flush=True)
             due = over_ranks(2 * len(stop) + (not RANK and time.monotonic() - saved > 60 * c.save_every))    # one clock, any Ctrl-C
             if due:
                 save_as('latest.pt', optimizer=optimizer.state_dict())
@@ -966,7 +965,7 @@ def configure(argv):
     stages = {str(phase.stage) for phase in phases(c)}
     for wrong, message in (
             (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
-            (min(c.stage_tokens, c.lora_tokens) < c.batch_tokens, f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
+            (c.stage_tokens < c.batch_tokens or c.lora_tokens < c.batch_tokens and (c.lora == 'interleaved' or 'lora_tokens' in given), f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.monolithic and (given.get('lora', 'none') != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
             (c.restarts and not c.monolithic, '--restarts is for --monolithic: a grown run restarts by itself'),
             (c.lora_stages != 'all' and not set(c.lora_stages.split(',')) <= stages, f'--lora_stages {c.lora_stages} must be all, or numbers of stages like 2,3'),
@@ -1001,7 +1000,7 @@ def main(argv=None):
         compare_experts(c)
     else:
         if c.device == 'cpu' and not c.resume:
-            print('no GPU: the laptop preset (' + ', '.join(f'{k} {getattr(c, k)}' for k in PRESETS['laptop']) + ')')
+            print('the laptop preset (' + ', '.join(f'{k} {getattr(c, k)}' for k in PRESETS['laptop']) + ')')
         handler = signal.getsignal(signal.SIGINT)
         try:
             out = train(c, given)

@@ -115,6 +115,16 @@ def test_links_of_the_readme_lead_to_what_they_name():
         assert (REPO / path).exists(), path
 
 
+def test_the_pictures_are_drawn(here, monkeypatch):
+    pytest.importorskip('matplotlib')
+    monkeypatch.syspath_prepend(REPO / 'results')
+    import pictures
+    grow.main(flags(out='run', lora='interleaved'))
+    for argv in (['idea'], ['loss', 'run']):
+        pictures.main([*argv, '--out', 'a.png'])
+        assert Path('a.png').read_bytes()[:4] == b'\x89PNG'
+
+
 def test_flags_of_the_readme_exist():
     known = {f.name for f in dataclasses.fields(grow.Config) if f.metadata}
     for command in re.findall(r'python grow\.py ([^`\n]*)', (REPO / 'README.md').read_text(encoding='utf-8')):

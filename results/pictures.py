@@ -119,7 +119,7 @@ def composition(ax, x, width):
 
 def idea():
     """Growth on the left, composition on the right, on one interface. All numbers come from the ledger of the paper's model."""
-    c = grow.Config(**grow.PRESETS['gpu'], lora='interleaved', lora_stages='2', lora_tokens=grow.PRESETS['gpu']['stage_tokens'])
+    c = grow.Config(**grow.PRESETS['gpu'], lora='interleaved', lora_stages='2')
     rows = grow.ledger(c)
     figure = plt.figure(figsize=(9, 5.66))
     ax = figure.add_axes((0, 0, 1, 1))
