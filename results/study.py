@@ -220,7 +220,7 @@ def substrates_picture(plt, found):
 def depth_picture(plt, found):
     """Tier A, seed 0, equal tokens: MMLU by likelihood and val loss, by depth."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
-    shown = ['A.mono_3e-3.s0', *(f'A.{recipe}.tokens.s0' for recipe in RECIPES), 'B.one_at_a_time.grown']
+    shown = ['A.mono_2e-3.s0', *(f'A.{recipe}.tokens.s0' for recipe in RECIPES), 'B.one_at_a_time.grown']
     for name, colour, shift in zip(shown, pictures.RUNS, (-0.2, -0.1, 0, 0.1, 0.2)):
         if name in found:
             r = found[name]
@@ -230,7 +230,7 @@ def depth_picture(plt, found):
             by_depth = {h['layers']: h['val_loss'] for h in r['history']}
             right.plot(list(by_depth), list(by_depth.values()), 'o-', color=colour, lw=1.2, ms=5, label=name)
     left.axhline(25, color='black', ls='--', lw=1)
-    left.set(xlabel='layers', ylabel=f'MMLU by likelihood, percent ({QUESTIONS} questions, one standard error)')
+    left.set(xlabel='layers', ylabel=f'MMLU by likelihood, percent of {QUESTIONS}')
     right.set(xlabel='layers', ylabel='val loss, nats a token')
     right.legend(frameon=False, fontsize=8)
     for axis in (left, right):
@@ -254,7 +254,7 @@ def draw():
     print(text)
     with replacing(HERE / 'study.txt') as path:
         path.write_text(text + '\n')
-    runs = [HERE / 'study' / name for name in ('A.mono_3e-3.s0', *(f'A.{recipe}.tokens.s0' for recipe in RECIPES)) if name in found]
+    runs = [HERE / 'study' / name for name in ('A.mono_2e-3.s0', *(f'A.{recipe}.tokens.s0' for recipe in RECIPES)) if name in found]
     for name, figure in (('tokens', pictures.loss(runs) if runs else None), ('flops', flops_picture(pictures.plt, found)),
                          ('substrates', substrates_picture(pictures.plt, found)), ('depth', depth_picture(pictures.plt, found))):
         if figure:
