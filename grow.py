@@ -727,27 +727,6 @@ def machine(c):
     return dict(torch=str(torch.__version__), processes=RANKS, threads=torch.get_num_threads(), device=c.device, dtype=c.dtype, compile=c.compile,
                 micro_batch=c.micro_batch)
 
-def agree(given, names, stored, path):
-    """Refuses a flag that contradicts the config `stored` in the checkpoint of `path`."""
-    for name in names:
-        if name in given and given[name] != getattr(stored, name):
-            raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
-
-def resumed_config(c, given, ckpt, path):
-    """The config in the checkpoint, with what the flags may change. Other flags must agree with it."""
-    stored = Config(**ckpt['config'])
-    agree(given, given.keys() - RUNTIME, stored, path)
-    return share_batch(dataclasses.replace(stored, **{name: getattr(c, name) for name in RUNTIME & given.keys() | {'out', 'resume'}}), given)
-
-def share_batch(c, given):
-    """Fits c.micro_batch, where it was not given, into the rows that one process takes of the global batch. -> c"""
-    if 'micro_batch' not in given:
-        c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context // RANKS)
-    if c.batch_tokens % (c.micro_batch * c.context * RANKS):
-        raise UserError(f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch {c.micro_batch} x --context {c.context}'
-                        + f' x {RANKS} processes' * (RANKS > 1), status=2)
-    return c
-
 def open_data(c):
     """--data -> (data sets, their whole-number weights). The text of the standard library is prepared on the spot: every machine has it."""
     pairs = [(name, weight or '1') for name, _, weight in (word.partition(':') for word in c.data)]
@@ -758,20 +737,6 @@ def open_data(c):
         print('no data yet: preparing the text of the Python standard library')
         prepare_data.prepare_stdlib()
     return [prepare_data.Dataset(name) for name, _ in pairs], [int(weight) for _, weight in pairs]
-
-def grown_config(c, given):
-    """The config for --grow_from: its model's sizes and interface, and the depth and stage from which it grows on."""
-    ckpt = load(c.grow_from)
-    if 'experts' in ckpt:
-        raise UserError(f'{c.grow_from} is a mixture of experts: --grow_from takes a grown model')
-    source = Config(**ckpt['config'])
-    sizes = 'substrate', 'd_model', 'heads', 'context'
-    agree(given, sizes, source, c.grow_from)
-    if ckpt['at']['phase'] < len(phases(source)):
-        raise UserError(f'the run in {c.grow_from} is not finished: finish it by --resume first')
-    if c.layers <= ckpt['depth']:
-        raise UserError(f'--layers {c.layers}: the model in {c.grow_from} has {ckpt["depth"]} already; give a larger number', status=2)
-    return dataclasses.replace(c, born_layers=ckpt['depth'], born_stage=phases(source)[-1].stage, **{name: getattr(source, name) for name in sizes})
 
 def train(c, given):
     """The main job: grows a model phase by phase, or goes on where OUT/latest.pt stands. -> the folder of the run."""
@@ -924,6 +889,41 @@ def peak_memory(device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
+
+def agree(given, names, stored, path):
+    """Refuses a flag that contradicts the config `stored` in the checkpoint of `path`."""
+    for name in names:
+        if name in given and given[name] != getattr(stored, name):
+            raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
+
+def resumed_config(c, given, ckpt, path):
+    """The config in the checkpoint, with what the flags may change. Other flags must agree with it."""
+    stored = Config(**ckpt['config'])
+    agree(given, given.keys() - RUNTIME, stored, path)
+    return share_batch(dataclasses.replace(stored, **{name: getattr(c, name) for name in RUNTIME & given.keys() | {'out', 'resume'}}), given)
+
+def grown_config(c, given):
+    """The config for --grow_from: its model's sizes and interface, and the depth and stage from which it grows on."""
+    ckpt = load(c.grow_from)
+    if 'experts' in ckpt:
+        raise UserError(f'{c.grow_from} is a mixture of experts: --grow_from takes a grown model')
+    source = Config(**ckpt['config'])
+    sizes = 'substrate', 'd_model', 'heads', 'context'
+    agree(given, sizes, source, c.grow_from)
+    if ckpt['at']['phase'] < len(phases(source)):
+        raise UserError(f'the run in {c.grow_from} is not finished: finish it by --resume first')
+    if c.layers <= ckpt['depth']:
+        raise UserError(f'--layers {c.layers}: the model in {c.grow_from} has {ckpt["depth"]} already; give a larger number', status=2)
+    return dataclasses.replace(c, born_layers=ckpt['depth'], born_stage=phases(source)[-1].stage, **{name: getattr(source, name) for name in sizes})
+
+def share_batch(c, given):
+    """Fits c.micro_batch, where it was not given, into the rows that one process takes of the global batch. -> c"""
+    if 'micro_batch' not in given:
+        c.micro_batch = math.gcd(c.micro_batch, c.batch_tokens // c.context // RANKS)
+    if c.batch_tokens % (c.micro_batch * c.context * RANKS):
+        raise UserError(f'--batch_tokens {c.batch_tokens} must be a multiple of --micro_batch {c.micro_batch} x --context {c.context}'
+                        + f' x {RANKS} processes' * (RANKS > 1), status=2)
+    return c
 
 def configure(argv):
     """Command line -> (Config, dict of the flags that were given). A bad flag ends in one sentence and exit status 2."""
