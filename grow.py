@@ -168,6 +168,7 @@ def slice_logits(h, weight, bias):
     return F.linear(h, weight.to(h.dtype), bias.to(h.dtype)).float()
 
 def slice_logsumexp(h, weight, bias):
+    """-> log sum exp of the logits of a slice (N,)."""
     return slice_logits(h, weight, bias).logsumexp(1)
 
 def slice_gradients(h, weight, bias, logsumexp, g):

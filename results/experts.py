@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import grow
+import pictures
 import prepare_data
 from substrate import VOCAB, Parser, UserError, cli, replacing
 
@@ -286,10 +287,7 @@ def compare(c, tokens, flags, plan, command):
     grams = [prepare_data.ngram_losses(b, len(b.sequences[0]) // 64, b.datasets[0], c.eval_tokens) for b in batches]
     rows += [row_of(name, [g[k] for g in grams], datasets, parameters='', token_tables='', tokens=sum(d.train_tokens for d in datasets))
              for k, name in enumerate(('unigram', 'bigram'))]
-    with replacing(HERE / 'experts.csv') as path, open(path, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows({k: f'{v:.5f}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    pictures.write_csv(HERE / 'experts.csv', [{k: f'{v:.5f}' if isinstance(v, float) else v for k, v in row.items()} for row in rows])
     about = ['Validation loss in nats a token, by language; bits per byte, mean of the languages. Parameters without the token tables, which only',
              'learned models train. Tokens of a merged model: those of its experts and of its tuning; n-grams: the training split of each language.']
     with contextlib.redirect_stdout(io.StringIO()) as table:

@@ -36,6 +36,13 @@ INTERFACE, PLAIN = ('#b4c8dd', '#7d99b5', '#2f4a66'), ('white', INK, INK)
 RUNS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#444444'              # told apart by the colour-blind (Okabe and Ito)
 
 
+def write_csv(target, rows):
+    """Dicts of equal keys -> a csv file, whole or absent: for the scripts beside this one, whose tables are drawn too."""
+    with replacing(target) as path, open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # idea: how a model of 9 blocks grows, and how two grown models become one. Coordinates are pixels of a page of 900 x 566
 

@@ -9,7 +9,6 @@ Writes results/scores.csv, .txt (the same as a table) and .png, or others by --o
 
 import argparse
 import contextlib
-import csv
 import io
 import json
 import sys
@@ -21,6 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import eval_mmlu
 import grow
+import pictures
 from substrate import Parser, UserError, cli, replacing
 
 MAIN = dict.fromkeys(eval_mmlu.FILES, 'likelihood') | dict(squad='hit')          # the score of a task that is drawn
@@ -92,10 +92,7 @@ def main(argv=None):
     except ImportError:
         raise UserError('the picture needs matplotlib: pip install matplotlib') from None
     rows = [row_of(name, found) for task in a.tasks for model in a.models for name, found in scored(model, task, a.data)]
-    with replacing(a.out.with_suffix('.csv')) as path, open(path, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+    pictures.write_csv(a.out.with_suffix('.csv'), rows)
     with contextlib.redirect_stdout(io.StringIO()) as table:
         grow.table(rows)
     with replacing(a.out.with_suffix('.txt')) as path:

@@ -14,7 +14,6 @@ ledger), run.txt (what it printed, with a sample) and result.json. Writes result
 import argparse
 import concurrent.futures
 import contextlib
-import csv
 import io
 import json
 import os
@@ -135,7 +134,7 @@ def results():
 
 
 def row_of(name, r):
-    """A row of the table; the ratios are to the monolithic arm of the same seed at its best rate, where there is one."""
+    """A row of the table."""
     last = r['history'][-1]
     return dict(arm=name, layers=last['layers'], total_params=last['total_params'], active_params=max(h['active_params'] for h in r['history']),
                 tokens=last['tokens'], block_flops=f'{r["block_flops"]:.3g}', total_flops=f'{r["total_flops"]:.3g}', minutes=round(r['seconds'] / 60, 1),
@@ -166,10 +165,6 @@ def verdicts(found):
         ratios = [f'{loss_of(found[f"A.{name}.{s}"]) / loss_of(best[s]):.3f}' for s in seeds if f'A.{name}.{s}' in found]
         if ratios:
             yield f'{name} at equal tokens: {" and ".join(ratios)} x the monolithic val loss'
-
-
-def marks(axis, x, y, colour, label):
-    axis.plot(x, y, color=colour, lw=1.5, marker='o', ms=5, mec='white', label=label)
 
 
 def flops_picture(plt, found):
@@ -244,10 +239,7 @@ def draw():
         raise UserError('the pictures need matplotlib: pip install matplotlib')
     found = results()
     rows = [row_of(name, r) for name, r in found.items()]
-    with replacing(HERE / 'study.csv') as path, open(path, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+    pictures.write_csv(HERE / 'study.csv', rows)
     with contextlib.redirect_stdout(io.StringIO()) as table:
         grow.table(rows)
     text = '\n'.join([table.getvalue(), *verdicts(found)])
