@@ -512,7 +512,7 @@ def set_up(c):
         raise UserError(f'this machine, or this build of torch, has no {c.device}{every}, or give --device cpu', status=2)
     if c.device == 'cuda':
         torch.cuda.set_device(LOCAL_RANK)
-        assert torch.backends.cuda.flash_sdp_enabled(), 'flash attention is off: call torch.backends.cuda.enable_flash_sdp(True)'
+        torch.backends.cuda.enable_cudnn_sdp(False)  # which torch prefers to flash attention on Hopper; its gradients differ from run to run
     if c.dtype == 'auto':
         has = torch.cpu.get_capabilities()           # emulated bfloat16 is slower than float32
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if c.device == 'cuda' else
@@ -526,7 +526,7 @@ def set_up(c):
     if hasattr(libc := ctypes.CDLL(None), 'mallopt'):         # glibc would hand large blocks back to the kernel, which clears them for
         libc.mallopt(-4, 0), libc.mallopt(-1, -1)            # every step anew: M_MMAP_MAX 0, no M_TRIM_THRESHOLD; a fifth of a step on a CPU
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(c.device == 'cuda', warn_only=True)      # the same losses again, on one device
+    torch.use_deterministic_algorithms(c.device == 'cuda')                # the same losses again, on one device
     torch.utils.deterministic.fill_uninitialized_memory = False
     name = torch.cuda.get_device_name() if c.device == 'cuda' else f'{torch.get_num_threads()} threads'
     print(f'device {f"{RANKS} x " if RANKS > 1 else ""}{c.device} ({name}), {c.dtype}, {"compiled" if c.compile else "eager"}, torch {torch.__version__}')

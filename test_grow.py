@@ -2447,10 +2447,13 @@ def test_cuda_loss_equals_the_cpu(here):
 
 @marked_cuda
 def test_cuda_uses_the_flash_kernel(here):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    model = model_of(config(d_model=64, heads=2, context=128)).cuda()
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast('cuda', torch.bfloat16):     # an error where it is not available
+    """Forward and backward, after set_up and without being forced to."""
+    c = config(d_model=64, heads=2, context=128, device='cuda', dtype='bfloat16')
+    amp, model = grow.set_up(c), model_of(c).cuda()
+    with torch.profiler.profile() as profile, amp:
         model(ids(2, 128).cuda(), ids(2, 128).cuda())[1].backward()
+    ran = {event.key for event in profile.key_averages()}
+    assert {'aten::_flash_attention_forward', 'aten::_flash_attention_backward'} <= ran, sorted(ran)
 
 
 @marked_cuda
@@ -2463,7 +2466,8 @@ def test_cuda_three_compiled_stages(here):
 @marked_cuda
 def test_cuda_twenty_steps_at_paper_size(here):
     """Prints what a GPU does with the paper's model: the last of three grown stages."""
-    c = config(**PAPER | dict(layers=9, layers_per_stage=3, substrate='random', device='cuda', dtype='bfloat16', micro_batch=16, batch_tokens=16 * 1024, compile=True))
+    c = config(**PAPER | dict(layers=9, layers_per_stage=3, substrate='random', device='cuda', dtype='bfloat16', micro_batch=16, batch_tokens=16 * 1024, compile=True,
+                              lr=6e-4, head_lr=6e-4))
     amp = grow.set_up(c)
     model = model_of(c, blocks=0).cuda()
     grow.enter(model, grow.Phase('grow', 3, 9, 3, 20))

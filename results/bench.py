@@ -4,11 +4,10 @@
 
 The peer is GPT-NeoX of Hugging Face `transformers` (pip install transformers), which has the same architecture but for the head's bias, on a
 frozen embedding, trained by the same loop. Every case is a process of its own (so that its peak memory is its own), all in one run, since
-machines are noisy: read the ratios. Writes results/bench.csv and results/bench.txt.
+machines are noisy: read the ratios. Writes results/bench_DEVICE.csv and results/bench_DEVICE.txt.
 """
 
 import contextlib
-import csv
 import io
 import json
 import statistics
@@ -24,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import grow
+import pictures
 import substrate
 from substrate import replacing
 
@@ -143,12 +143,10 @@ def main():
         grow.table(table)
         print('', *verdicts(found, rate), sep='\n')
     print(text.getvalue())
-    with replacing(HERE / 'bench.txt') as path:
+    stem = HERE / f'bench_{grow.configure(sys.argv[1:])[0].device}'
+    with replacing(f'{stem}.txt') as path:
         path.write_text(text.getvalue())
-    with replacing(HERE / 'bench.csv') as path, open(path, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(table[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(table)
+    pictures.write_csv(f'{stem}.csv', table)
 
 
 if __name__ == '__main__':

@@ -205,7 +205,7 @@ def substrates_picture(plt, found):
         axis.plot([k] * len(losses), losses, 'o', color=colour, alpha=0.35, ms=6)
         axis.plot(k, losses[-1], 'o', color=colour, ms=9)
         axis.text(k + 0.12, losses[-1], f'{losses[-1]:.3f}', va='center', fontsize=8)
-    axis.set_xticks(range(len(names)), [name[2:].replace('.', '\n') for name in names], fontsize=8)
+    axis.set_xticks(range(len(names)), [name[2:].replace('.', '\n').replace('_', '\n', 1).replace('_', ' ') for name in names], fontsize=8)
     axis.set_ylabel('val loss, nats a token (pale: earlier stages)')
     axis.grid(axis='y', lw=0.5, alpha=0.4)
     axis.spines[['top', 'right']].set_visible(False)
