@@ -54,6 +54,7 @@ CATEGORY = {subject: category for category, subjects in CATEGORIES.items() for s
 # choice of the 256 first questions of SQuAD with a short answer
 
 LETTERS = 'ABCDE'
+MMLU_QUESTIONS = 14_042
 SQUAD_ITEMS, SQUAD_LONGEST = 256, 8
 
 Question = namedtuple('Question', 'subject index prompt letters key')          # letters: 'ABCD', or as many as there are options
@@ -383,9 +384,12 @@ def main(argv=None):
     c, _ = grow.configure(['--device', a.device, '--dtype', a.dtype, '--no-compile'])
     files, depths = targets(a), []
     questions = read_task(a.task, a.data, a.shots)
-    n = min(a.limit or len(questions), len(questions))
-    questions = [questions[i * len(questions) // n] for i in range(n)]
+    found = len(questions)
+    n = min(a.limit or found, found)
+    questions = [questions[i * found // n] for i in range(n)]
     print(f'{a.task}, {a.shots}-shot: {n:,} questions, {len({q.subject for q in questions})} subject(s)')
+    if a.task == 'mmlu' and found != MMLU_QUESTIONS:
+        print(f'note: {found:,} questions were found and MMLU has {MMLU_QUESTIONS:,}: these scores are not comparable')
     amp = grow.set_up(c)
     for paths, target in files:
         print('\n' + ' + '.join(map(str, paths)))

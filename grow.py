@@ -21,7 +21,6 @@ It is not a fast path to a good chat model, and it reads no checkpoint of the pa
 import argparse
 import ctypes
 import dataclasses
-import fcntl
 import io
 import itertools
 import math
@@ -68,7 +67,7 @@ class Config:
     head_birth: str = opt('unigram', 'output layer: weights zero and bias = log frequency of each token; or random', 'unigram', 'random')
     # the training
     data: tuple = opt(('stdlib',), 'data sets in data/, made by prepare_data.py; several are mixed in whole-number proportions: ru:3 en:1')
-    stage_tokens: int = opt(None, 'training tokens of a stage (of the mean stage); where no length is given, at most four epochs of all data in all', 1, 10**12)
+    stage_tokens: int = opt(None, 'training tokens of a stage (of the mean stage); not given: at most four epochs of the data in all', 1, 10**12)
     stage_ratio: float = opt(None, 'tokens of each later stage over those of the first', 0.01, 100)
     batch_tokens: int = opt(None, 'tokens of an optimiser step', 1, 10**8)
     micro_batch: int = opt(None, 'sequences that pass the model of a process at once; gradients add up over the rest of the batch', 1, 10**5)
@@ -111,10 +110,12 @@ class Config:
     born_stage: int = 0
 
 PRESETS = {
-    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, stage_ratio=0.1, batch_tokens=512, micro_batch=8, lr=3e-3, head_lr=1e-2, lr_later=1e-3, head_lr_later=5e-4,
-                   lora_tokens=131_072, lora_lr=1e-3, eval_tokens=32_768, save_every=1.0),
-    'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, stage_ratio=1.0, batch_tokens=32_768, micro_batch=16, lr=6e-4, head_lr=6e-4, lr_later=6e-4, head_lr_later=6e-4,
-                lora_tokens=4_194_304, lora_lr=6e-4, eval_tokens=10**12, save_every=10.0),  # the paper's model
+    'laptop': dict(d_model=256, heads=8, context=64, stage_tokens=131_072, stage_ratio=0.1, batch_tokens=512, micro_batch=8,
+                   lr=3e-3, head_lr=1e-2, lr_later=1e-3, head_lr_later=5e-4, lora_tokens=131_072, lora_lr=1e-3,
+                   eval_tokens=32_768, save_every=1.0),
+    'gpu': dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, stage_ratio=1.0, batch_tokens=32_768, micro_batch=16,
+                lr=6e-4, head_lr=6e-4, lr_later=6e-4, head_lr_later=6e-4, lora_tokens=4_194_304, lora_lr=6e-4,
+                eval_tokens=10**12, save_every=10.0),      # the paper's model
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +181,8 @@ class HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies (nats) of h (N, d) under the linear head, weight (V, d) and bias (V,), for targets (N,); -100 does not count.
 
     The head passes in slices, so N x 65,536 logits never exist at once: they stay in a CPU's cache and spare a GPU's memory. The price is
-    to compute them twice, for the log sum exp and for the gradient, which is softmax - one-hot."""
+    to compute them twice, for the log sum exp and for the gradient, which is softmax - one-hot. The two functions above come as arguments,
+    since `compile_model` puts compiled ones in their place."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, targets, slice_logsumexp, slice_gradients):
@@ -317,7 +319,8 @@ class Phase:
     rank: int = 0   # of the adapters on all other blocks; 0 = none
 
 def phases(c):
-    """The run as a list of phases. The monolithic baseline is one phase (with --restarts, as many as the grown run) over all blocks, with as many tokens."""
+    """The run as a list of phases. The monolithic baseline is one phase over all blocks, with as many tokens; with --restarts, as many phases
+    as the grown run, of the same lengths."""
     if c.moe:
         return [Phase('tune', 1, 0, 0, c.tune_heads // c.batch_tokens)]
     depths = [*range(c.born_layers + c.layers_per_stage, c.layers, c.layers_per_stage), c.layers]
@@ -333,7 +336,7 @@ def phases(c):
                 raise UserError(f'--lora interleaved: not even rank 1 on {depth} blocks fits the budget; give more --layers_per_stage', status=2)
             plan.append(Phase('lora', stage, depth, 0, c.lora_tokens // c.batch_tokens, rank))
         below = depth
-    if c.monolithic:                                  # with --restarts, its phases are as long as those of the grown run
+    if c.monolithic:
         every = [p.steps for p in plan] if c.restarts else [sum(p.steps for p in plan)]
         return [Phase('grow', k, c.layers, c.layers, steps) for k, steps in enumerate(every, start=1)]
     return plan
@@ -518,10 +521,11 @@ def set_up(c):
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if c.device == 'cuda' else
                   c.device == 'cpu' and any(has.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16')))
         c.dtype = 'bfloat16' if native else 'float32'
-    compiler = c.device == 'cuda' or any(map(shutil.which, ('c++', 'g++', 'clang++'))) and os.path.exists(sysconfig.get_path('include') + '/Python.h')
+    headers = os.path.exists(sysconfig.get_path('include') + '/Python.h')
+    compiler = c.device == 'cuda' or headers and any(map(shutil.which, ('c++', 'g++', 'clang++')))
     if c.compile and not compiler:
         raise UserError('--compile needs a C++ compiler and the Python headers: install g++ and python3-dev, or give --no-compile')
-    c.compile = bool(compiler) if c.compile is None else c.compile
+    c.compile = compiler if c.compile is None else c.compile
     torch.set_float32_matmul_precision('high')       # TF32 on CUDA for what stays float32
     if hasattr(libc := ctypes.CDLL(None), 'mallopt'):         # glibc would hand large blocks back to the kernel, which clears them for
         libc.mallopt(-4, 0), libc.mallopt(-1, -1)            # every step anew: M_MMAP_MAX 0, no M_TRIM_THRESHOLD; a fifth of a step on a CPU
@@ -529,7 +533,7 @@ def set_up(c):
     torch.use_deterministic_algorithms(c.device == 'cuda')                # the same losses again, on one device
     torch.utils.deterministic.fill_uninitialized_memory = False
     name = torch.cuda.get_device_name() if c.device == 'cuda' else f'{torch.get_num_threads()} threads'
-    print(f'device {f"{RANKS} x " if RANKS > 1 else ""}{c.device} ({name}), {c.dtype}, {"compiled" if c.compile else "eager"}, torch {torch.__version__}')
+    print(f'device {f"{RANKS} x " * (RANKS > 1)}{c.device} ({name}), {c.dtype}, {"compiled" if c.compile else "eager"}, torch {torch.__version__}')
     return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == 'bfloat16')
 
 def compile_model(model):
@@ -548,8 +552,8 @@ def make_optimizer(model, c, later=False):
     matrices, vectors, adapters, head = [], [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = head if name.startswith('head') else adapters if name.endswith(('.A', '.B')) else matrices if name.endswith('.weight') and p.dim() == 2 else vectors
-            kind.append(p)
+            (head if name.startswith('head') else adapters if name.endswith(('.A', '.B')) else
+             matrices if name.endswith('.weight') and p.dim() == 2 else vectors).append(p)
     lr, head_lr = (c.lr_later, c.head_lr_later) if later else (c.lr, c.head_lr)
     groups = [dict(params=matrices, lr=lr, weight_decay=c.weight_decay), dict(params=adapters, lr=c.lora_lr),
               dict(params=head, lr=head_lr), dict(params=vectors, lr=lr)]      # with a learned interface's table
@@ -607,13 +611,13 @@ def parts(model):
         return dict(experts=[dict(config=dataclasses.asdict(e.config), **parts(e)) for e in model.experts])
     return dict(depth=len(model.blocks), interface=model.interface.fingerprint)
 
-def bare_model(parts, c=None):
+def bare_model(described, c=None):
     """The model that `parts` described, its weights not yet filled."""
-    if 'experts' in parts:
-        return MixtureOfExperts([bare_model(e) for e in parts['experts']])
-    c = c or Config(**parts['config'])
-    model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, parts['interface']))
-    model.append(parts['depth'])
+    if 'experts' in described:
+        return MixtureOfExperts([bare_model(e) for e in described['experts']])
+    c = c or Config(**described['config'])
+    model = GrowingTransformer(c, Substrate(c.substrate, c.d_model, described['interface']))
+    model.append(described['depth'])
     return model
 
 def load_model(path, device='cpu'):
@@ -632,16 +636,12 @@ def open_out(c):
     if c.resume and not (out / 'latest.pt').exists():
         raise UserError(f'{out} holds no checkpoint to resume: leave out --resume to start there')
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / 'lock', 'w')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f'another process is writing to {out}: wait for it, or choose another --out') from None
+    (lock := prepare_data.locked(out, f'writing to {out}')).__enter__()
     if any(out.glob('*.pt')) and not c.resume:
         raise UserError(f'{out} holds a run already: go on with it by --resume, or choose another --out')
     for left in out.glob('.*.pt.*.tmp'):              # what was being written when a run was killed
         left.unlink()
-    return out, lock                                 # the lock lasts as long as the file object
+    return out, lock                                 # which lasts as long as this object
 
 def newest_out():
     """The folder in out/ with the newest checkpoint."""
@@ -679,8 +679,7 @@ def validate(model, datasets, weights, c, amp):
 @torch.no_grad()
 def sample(model, text, c, amp):
     """Continues `text` by up to c.length tokens drawn at c.temperature among the c.top_k likeliest; ends at </s>. -> the continuation."""
-    encoding, device = tokenizer(), model.head.weight.device
-    generator = torch.Generator().manual_seed(c.seed)
+    encoding, device, random = tokenizer(), model.head.weight.device, torch.Generator().manual_seed(c.seed)
     ids = encoding.encode_ordinary(text) or [EOS]
     start = len(ids)
     with torch.compiler.set_stance('force_eager'):   # every length would be a new graph
@@ -689,7 +688,7 @@ def sample(model, text, c, amp):
                 h = model.hidden(torch.tensor([ids[-model.config.context:]], device=device))
                 logits = model.head(h[:, -1]).float().cpu()                                               # 1, V
             values, tokens = (logits / c.temperature).topk(c.top_k)
-            ids.append(tokens[0, torch.multinomial(values.softmax(-1), 1, generator=generator)].item())
+            ids.append(tokens[0, torch.multinomial(values.softmax(-1), 1, generator=random)].item())
             if ids[-1] == EOS:
                 break
     return encoding.decode(ids[start:], errors='replace')
@@ -720,8 +719,6 @@ def train_step(model, optimizer, batches, step, c, amp):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
-
-RUNTIME = {'out', 'resume', 'micro_batch', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # what a resumed run may change
 
 def machine(c):
     """What a trajectory depends on besides config and data. A resumed run says so when it differs."""
@@ -784,7 +781,8 @@ def train(c, given):
         log.write(','.join(COLUMNS) + '\n')
 
     def log_row(**row):                               # phase and sizes: of the loop below
-        row |= dict(phase=phase.kind, stage=phase.stage, step=at['step'], tokens=at['global_step'] * c.batch_tokens, seconds=f'{at["seconds"]:.1f}', **sizes)
+        row |= dict(phase=phase.kind, stage=phase.stage, step=at['step'], tokens=at['global_step'] * c.batch_tokens, **sizes,
+                    seconds=f'{at["seconds"]:.1f}')
         log.write(','.join(str(row.get(column, '')) for column in COLUMNS) + '\n')
 
     def save_as(name, **more):
@@ -897,6 +895,8 @@ def agree(given, names, stored, path):
         if name in given and given[name] != getattr(stored, name):
             raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
 
+RUNTIME = {'out', 'resume', 'micro_batch', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # may change
+
 def resumed_config(c, given, ckpt, path):
     """The config in the checkpoint, with what the flags may change. Other flags must agree with it."""
     stored = Config(**ckpt['config'])
@@ -958,18 +958,21 @@ def configure(argv):
         return c, given
     if c.grow_from:
         c = grown_config(c, given)
-    if c.moe:
-        c.context = min(load(path)['config']['context'] for path in c.moe)
+    if c.moe:                                        # what all experts can see
+        c.context = min([load(path)['config']['context'] for path in c.moe] + [c.context] * ('context' in given))
     if 'batch_tokens' not in given:                  # whole sequences
         c.batch_tokens = max(1, c.batch_tokens // c.context) * c.context
     share_batch(c, given)
     stages = {str(phase.stage) for phase in phases(c)}
     for wrong, message in (
             (c.d_model % (2 * c.heads), f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}'),
-            (c.stage_tokens < c.batch_tokens or c.lora_tokens < c.batch_tokens and (c.lora == 'interleaved' or 'lora_tokens' in given), f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
+            (c.stage_tokens < c.batch_tokens or
+             c.lora_tokens < c.batch_tokens and (c.lora == 'interleaved' or 'lora_tokens' in given),
+             f'--stage_tokens and --lora_tokens must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.monolithic and (given.get('lora', 'none') != 'none' or c.grow_from), '--monolithic has no frozen blocks: leave out --lora and --grow_from'),
             (c.restarts and not c.monolithic, '--restarts is for --monolithic: a grown run restarts by itself'),
-            (c.lora_stages != 'all' and not set(c.lora_stages.split(',')) <= stages, f'--lora_stages {c.lora_stages} must be all, or numbers of stages like 2,3'),
+            (c.lora_stages != 'all' and (c.lora != 'interleaved' or not set(c.lora_stages.split(',')) <= stages),
+             f'--lora_stages {c.lora_stages} must be all, or numbers of stages like 2,3 with --lora interleaved'),
             (len(c.moe) == 1 or c.tune_heads and not c.moe, '--moe needs two experts or more, and --tune_heads needs --moe'),
             (c.tune_heads and c.tune_heads < c.batch_tokens, f'--tune_heads must be at least the --batch_tokens {c.batch_tokens} of one step'),
             (c.moe and (c.grow_from or c.monolithic or c.plan), '--moe merges finished models: leave out --grow_from, --monolithic and --plan')):

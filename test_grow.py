@@ -1234,6 +1234,8 @@ def test_experts_on_other_interfaces_are_refused_before_any_computing(experts, m
     monkeypatch.chdir(experts)
     grow.main(['--moe', 'a', 'c', '--allow_mismatch', '--eval_tokens', '64', '--batch_tokens', '64', *tail])
     assert 'merged' in capsys.readouterr().out
+    contexts = [grow.configure(['--moe', 'a', 'c', *context])[0].context for context in ([], ['--context', '8'], ['--context', '999'])]
+    assert contexts == [16, 8, 16]                                                # what all experts can see, or less if one asks for it
 
 
 def test_experts_are_compared_on_every_data_set(experts, monkeypatch, capsys):
@@ -1541,6 +1543,8 @@ WRONG = [(script, shlex.split(line), word) for script, lines in {
         --lora_stages 1, | --lora_stages
         --lora_stages 0 | --lora_stages
         --lora_stages 2,4 --lora interleaved | --lora_stages
+        --lora_stages 2 | --lora interleaved
+        --lora_stages 2 --lora joint | --lora interleaved
         --data | --data
         --data a:0 | weight
         --data a:1001 | weight
@@ -1821,7 +1825,7 @@ def test_full_disk_while_writing_shards(tmp_path, monkeypatch, capsys):
 def test_full_disk_while_writing_checkpoints_and_log(here, monkeypatch, capsys):
     with no_file_over(10_000):
         fails(capsys, flags(out='run', stage_tokens=128), 'run/latest.pt', 'is the disk full?')
-    assert {path.name for path in Path('run').iterdir()} == {'lock', 'log.csv'}   # the run is free to start
+    assert {path.name for path in Path('run').iterdir()} == {'log.csv'}   # the run is free to start
     original, limit = grow.train_step, []
 
     def full(*args):
@@ -2098,7 +2102,7 @@ def test_eval_writes_a_row_for_every_question(run, mmlu, capsys):
     assert [(row['subject'], row['index']) for row in saved['rows']] == [(s, i) for s in sorted(SUBJECTS) for i in range(len(SUBJECTS[s]))]
     assert saved['settings']['checkpoints'] == {str(run / 'latest.pt'): substrate.sha256_of(run / 'latest.pt')}
     assert saved['summary']['total']['n'] == 12 and saved['summary']['layers'] == 2
-    for words in ('12 questions, 3 subject(s)', 'chance: 25.00', 'were cut from the left', 'padding', 'micro', 'macro', 'humanities'):
+    for words in ('12 questions, 3 subject(s)', 'note: 12 questions', 'chance: 25.00', 'were cut from the left', 'padding', 'micro', 'macro', 'humanities'):
         assert words in out, words
     eval_mmlu.main([str(run), '--data', str(mmlu), '--device', 'cpu', '--limit', '6', '--shots', '2'])
     rows = json.loads((run / 'eval_mmlu.json').read_text())['rows']
