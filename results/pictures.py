@@ -1,8 +1,8 @@
 """
 The pictures of this project: the idea of growth, and the losses of your own runs.
 
-    python results/pictures.py                                  # those that need no run, so `idea`: results/idea.png
-    python results/pictures.py loss out/001 out/002             # losses of runs, in one picture: results/loss.png
+    python results/pictures.py idea                             # results/idea.png
+    python results/pictures.py loss out/001 out/002             # losses of runs, in one picture: out/001/loss.png
     python results/pictures.py loss out/001 --out mine.png
 
 Needs matplotlib, which is in requirements-dev.txt.
@@ -229,18 +229,18 @@ def loss(folders):
 @cli
 def main(argv=None):
     parser = Parser(description='Draws the pictures of this project.')
-    parser.add_argument('name', nargs='?', default='all', choices=('all', 'idea', 'loss'), help='which; all: those that need no run (default)')
+    parser.add_argument('name', choices=('idea', 'loss'), help='which picture')
     parser.add_argument('runs', nargs='*', metavar='RUN', help='folders of runs, for loss')
-    parser.add_argument('--out', type=Path, help='PNG file to write (default: results/NAME.png)')
+    parser.add_argument('--out', type=Path, help='PNG file to write (default: results/idea.png, or loss.png in the first RUN)')
     args = parser.parse_args(argv)
     if plt is None:
         raise UserError('the pictures need matplotlib: pip install matplotlib')
     if bool(args.runs) != (args.name == 'loss'):
         parser.error('give folders of runs to loss, and to nothing else')
-    name = 'loss' if args.name == 'loss' else 'idea'
-    out = args.out or HERE / f'{name}.png'
+    out = args.out or Path(*args.runs[:1] or [HERE]) / f'{args.name}.png'
+    figure = loss(args.runs) if args.runs else idea()
     with replacing(out) as beside:
-        (loss(args.runs) if name == 'loss' else idea()).savefig(beside, format='png', dpi=200)
+        figure.savefig(beside, format='png', dpi=200)
     print(f'wrote {out}')
 
 
