@@ -736,6 +736,22 @@ def open_data(c):
         prepare_data.prepare_stdlib()
     return [prepare_data.Dataset(name) for name, _ in pairs], [int(weight) for _, weight in pairs]
 
+def limit_epochs(c, datasets):
+    """Shortens stages and LoRA phases where the run would read the data more than four times (our choice)."""
+    most, wanted = 4 * sum(d.train_tokens for d in datasets), sum(p.steps for p in phases(c)) * c.batch_tokens
+    if wanted > most:
+        c.stage_tokens, c.lora_tokens = (max(c.batch_tokens, n * most // wanted) for n in (c.stage_tokens, c.lora_tokens))
+        print(f'--stage_tokens {c.stage_tokens}, --lora_tokens {c.lora_tokens}: four epochs of the data, instead of {wanted / most * 4:.1f}')
+
+def open_log(out, at):
+    """OUT/log.csv, written line by line for whoever looks on. Rows after the checkpoint are cut off: they are about to be written again."""
+    log = io.StringIO() if RANK else open(out / 'log.csv', 'a', buffering=1)
+    at['log_bytes'] = min(at['log_bytes'], log.tell())
+    log.truncate(at['log_bytes'])
+    if not at['log_bytes']:
+        log.write(','.join(COLUMNS) + '\n')
+    return log
+
 def train(c, given):
     """The main job: grows a model phase by phase, or goes on where OUT/latest.pt stands. -> the folder of the run."""
     ckpt = None
@@ -750,10 +766,8 @@ def train(c, given):
             return out
     amp = set_up(c)
     datasets, weights = open_data(c)
-    most, wanted = 4 * sum(d.train_tokens for d in datasets), sum(p.steps for p in phases(c)) * c.batch_tokens
-    if wanted > most and not ckpt and not {'stage_tokens', 'lora_tokens', 'moe'} & given.keys():
-        c.stage_tokens, c.lora_tokens = (max(c.batch_tokens, n * most // wanted) for n in (c.stage_tokens, c.lora_tokens))
-        print(f'--stage_tokens {c.stage_tokens}, --lora_tokens {c.lora_tokens}: four epochs of the data, instead of {wanted / most * 4:.1f}')
+    if not ckpt and not {'stage_tokens', 'lora_tokens', 'moe'} & given.keys():
+        limit_epochs(c, datasets)
     batches = prepare_data.Batches(datasets, weights, c.seed + c.born_stage, c.batch_tokens // c.context, c.context)   # another order than the source's
     fingerprint = digest(*(d.fingerprint for d in datasets))
     plan = phases(c)
@@ -774,11 +788,7 @@ def train(c, given):
         out, lock = open_out(c)
         print(f'checkpoints and log go to {out}')
     join()
-    log = io.StringIO() if RANK else open(out / 'log.csv', 'a', buffering=1)      # line by line, for whoever looks on
-    at['log_bytes'] = min(at['log_bytes'], log.tell())
-    log.truncate(at['log_bytes'])                     # rows after the checkpoint are about to be written again
-    if not at['log_bytes']:
-        log.write(','.join(COLUMNS) + '\n')
+    log = open_log(out, at)
 
     def log_row(**row):                               # phase and sizes: of the loop below
         row |= dict(phase=phase.kind, stage=phase.stage, step=at['step'], tokens=at['global_step'] * c.batch_tokens, **sizes,
