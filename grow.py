@@ -9,7 +9,7 @@ may readjust all frozen blocks within the same budget and are merged away; model
     python grow.py                                      # grow 9 layers in 3 stages on text that every Python brings along
     python grow.py --layers 9 --substrate unicode       # the same, spelled out; other substrates: binary, random, learned
     python grow.py --monolithic                         # the baseline: all 9 layers at once, same data in the same order
-    python grow.py --plan --d_model 1024 --heads 32 --context 1024    # the ledger of every phase; trains nothing
+    python grow.py --plan --d_model 1024 --heads 32 --context 1024 --stage_ratio 1      # the paper's ledger; trains nothing
     python grow.py --sample "The default value"         # continue a text with the newest model
     python grow.py --grow_from out/001 --layers 12      # grow a finished model deeper
     python grow.py --moe out/001 out/002 --data a b     # average the logits of two experts, compare them on two data sets
@@ -943,9 +943,10 @@ def configure(argv):
     for f in flags:
         allowed, help = f.metadata['allowed'], f.metadata['help']
         default = ', '.join(f'{p[f.name]} on a {name}' for name, p in PRESETS.items() if f.name in p) or f.default
+        default = ' '.join(default) if f.type is tuple else default
         if f.type in (int, float):
             help += f'; {allowed[0]:g} to {allowed[1]:g}'
-        if default not in (None, ()):
+        if default not in (None, ''):
             help += f' (default: {default})'
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(nargs='+') if f.type is tuple else
                 dict(choices=allowed) if f.type is str and allowed else dict(type=f.type))
