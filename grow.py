@@ -462,31 +462,6 @@ def tables_differ(a, b):
     difference = (a.table - b.table).abs().max().item()
     return '' if difference <= 1e-5 else f'the tables of {a.name} and {b.name} differ by up to {difference:.2g}'
 
-def merge_experts(c):
-    """The experts of --moe as one model on c.device. Raises UserError if their interfaces differ, unless that is allowed."""
-    experts = [load_model(path) for path in c.moe]
-    if any(isinstance(e, MixtureOfExperts) for e in experts):
-        raise UserError('--moe takes grown models, and one of these is a mixture already: name its experts instead')
-    for other in experts[1:]:
-        if (why := tables_differ(experts[0], other)) and not c.allow_mismatch:
-            raise UserError(f'these experts have no common interface: {why}; train them on the same substrate, or give --allow_mismatch')
-    return MixtureOfExperts(experts).share_interface().to(c.device).eval()
-
-def compare_experts(c):
-    """Prints the loss of every expert and of their mean on every data set, beside n-gram baselines counted on its training split."""
-    amp, (datasets, _), rows = set_up(c), open_data(c), []
-    merged = merge_experts(c)                         # refuses before anything is computed
-    for name, model in [(path, None) for path in c.moe] + [('merged', merged)]:
-        model = model or load_model(name, c.device)
-        if c.compile:
-            compile_model(model)
-        rows += [dict(model=name, data=d.name, **in_units(evaluate(model, d, c, amp), d)) for d in datasets]
-    for d in datasets:
-        batches = prepare_data.Batches([d], [1], c.seed, 64, c.context)
-        losses = prepare_data.ngram_losses(batches, len(batches.sequences[0]) // 64, d, c.eval_tokens)
-        rows += [dict(model=name, data=d.name, **in_units(loss, d)) for name, loss in zip(('unigram', 'bigram'), losses)]
-    table(rows)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, started by torchrun, which numbers them in the environment. Each holds the whole model and takes its share of the
 # rows of every global batch; gradients are averaged. Rank 0 goes first, and it alone speaks and writes.
@@ -625,6 +600,16 @@ def load_model(path, device='cpu'):
     model = restore(load(path))
     merge_adapters(model.blocks)                      # a run may have been stopped in a LoRA phase
     return model.to(device).eval()
+
+def merge_experts(c):
+    """The experts of --moe as one model on c.device. Raises UserError if their interfaces differ, unless that is allowed."""
+    experts = [load_model(path) for path in c.moe]
+    if any(isinstance(e, MixtureOfExperts) for e in experts):
+        raise UserError('--moe takes grown models, and one of these is a mixture already: name its experts instead')
+    for other in experts[1:]:
+        if (why := tables_differ(experts[0], other)) and not c.allow_mismatch:
+            raise UserError(f'these experts have no common interface: {why}; train them on the same substrate, or give --allow_mismatch')
+    return MixtureOfExperts(experts).share_interface().to(c.device).eval()
 
 def open_out(c):
     """The run's folder, locked for this process. Refuses one that another process writes to."""
@@ -888,6 +873,21 @@ def report(model, at, batches, c, amp):
                                         for name, loss in losses))
     print(f'peak memory {peak_memory(c.device) / 2**30:.2f} GiB, {timedelta(seconds=int(at["seconds"]))} of training\n')
     print(f'--- sample\n{PROMPT}{sample(model, PROMPT, c, amp)}')
+
+def compare_experts(c):
+    """Prints the loss of every expert and of their mean on every data set, beside n-gram baselines counted on its training split."""
+    amp, (datasets, _), rows = set_up(c), open_data(c), []
+    merged = merge_experts(c)                         # refuses before anything is computed
+    for name, model in [(path, None) for path in c.moe] + [('merged', merged)]:
+        model = model or load_model(name, c.device)
+        if c.compile:
+            compile_model(model)
+        rows += [dict(model=name, data=d.name, **in_units(evaluate(model, d, c, amp), d)) for d in datasets]
+    for d in datasets:
+        batches = prepare_data.Batches([d], [1], c.seed, 64, c.context)
+        losses = prepare_data.ngram_losses(batches, len(batches.sequences[0]) // 64, d, c.eval_tokens)
+        rows += [dict(model=name, data=d.name, **in_units(loss, d)) for name, loss in zip(('unigram', 'bigram'), losses)]
+    table(rows)
 
 def peak_memory(device):
     """Bytes: of the GPU's allocator, elsewhere of the whole process."""
