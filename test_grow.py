@@ -2429,6 +2429,100 @@ def test_archives_are_fetched_and_unpacked(server, mmlu, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What no other test would miss
+
+def test_the_log_shows_the_schedule(here, monkeypatch):
+    seen, original = [], prepare_data.Batches.batch
+    monkeypatch.setattr(prepare_data.Batches, 'batch', lambda self, step, rows=slice(None): seen.append(original(self, step, rows)) or seen[-1])
+    words = dict(warmup=4, lr=1e-2, lr_later=2e-3)
+    grow.main(flags(out='run', **words))
+    first = seen[0]
+    seen.clear()
+    grow.main(flags(out='more', grow_from='run', layers=4, **words))
+    lines = [line.split(',') for run in ('run', 'more') for line in Path(run, 'log.csv').read_text().splitlines()[1:]]
+    at_end = 0.55 + 0.45 * math.cos(math.pi * 5 / 6)                              # of the tenth step of ten
+    assert [float(line[7]) for line in lines if line[7]] == pytest.approx([1e-2 * at_end, *[2e-3 * at_end] * 3], rel=1e-3)
+    assert not torch.equal(first[0], seen[0][0])                                  # another order than the source's
+
+
+def test_stages_grown_further_are_later_ones():
+    assert [p.steps for p in grow.phases(config(born_layers=3, born_stage=3, layers=5, stage_ratio=0.5))] == [10, 10]
+
+
+def test_units_by_hand(dataset):
+    n_bytes = sum(len(document.removesuffix('</s>').encode()) for document in documents_of(dataset, 'val'))
+    assert dataset.bytes_per_token == n_bytes / dataset.val_tokens
+    assert grow.in_units(2.0, dataset) == pytest.approx(dict(val_loss=2, perplexity=math.e**2, bits_per_byte=2 / math.log(2) * dataset.val_tokens / n_bytes))
+
+
+def test_val_loss_of_a_mixture_is_weighted(monkeypatch):
+    sets = [type('D', (), dict(name=name, bytes_per_token=1.0))() for name in 'ab']
+    monkeypatch.setattr(grow, 'evaluate', lambda model, d, c, amp: 1.0 if d.name == 'a' else 5.0)
+    assert grow.validate(None, sets, [3, 1], config(), None)['val_loss'] == 2
+
+
+def test_a_mixture_is_no_expert(experts, monkeypatch, capsys):
+    monkeypatch.chdir(experts)
+    models = iter([grow.MixtureOfExperts(loaded(experts, 'a', 'd')), *loaded(experts, 'b')])
+    monkeypatch.setattr(grow, 'load_model', lambda path: next(models))
+    with pytest.raises(substrate.UserError, match='mixture already'):
+        grow.merge_experts(config(moe=('x', 'b')))
+
+
+def test_weights_depend_on_seed_and_place():
+    def born(seed):
+        model = model_of(config(birth='random', seed=seed), blocks=2)
+        return [block.qkv.weight for block in model.blocks]
+    (a, b), again, (other, _) = born(0), born(0), born(1)
+    assert torch.equal(a, again[0]) and not torch.equal(a, b) and not torch.equal(a, other)
+    heads = [grow.new_model(config(seed=seed), None).head.weight for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    tables = [grow.new_model(config(seed=seed, substrate='learned'), None).interface.table for seed in (0, 1)]
+    assert not torch.equal(*tables)
+
+
+def test_sampling_obeys_its_flags():
+    model = model_of(config(birth='random'))
+
+    def said(prompt='x', **changes):
+        return grow.sample(model, prompt, config(length=20, **changes), contextlib.nullcontext())
+    usual = said(top_k=1000)
+    assert usual == said(top_k=1000) != said(top_k=1000, seed=1)
+    assert usual != said(top_k=1000, temperature=0.01)
+    assert said(top_k=1, seed=1) == said(top_k=1, seed=2, temperature=100)        # one token to choose from
+    with torch.no_grad():
+        model.head.bias[[substrate.EOS, ord('y')]] = torch.tensor([50.0, 40.0])
+    assert said() == '</s>'
+    seen = []
+    hidden = model.hidden
+    model.hidden = lambda idx: seen.append(idx.shape[1]) or hidden(idx)
+    said('y' * 100)
+    assert seen == [16]                                                           # the newest context of them, no more
+
+
+def test_open_prompts_are_cut_from_the_left():
+    seen, tokens = [], substrate.tokenizer()
+
+    def model(idx):
+        seen.append(idx[0].tolist())
+        return always('y')(idx)
+    whole = tokens.encode_ordinary('0123456789 Answer:')
+    [row], _ = eval_mmlu.score_open(model, tokens, [eval_mmlu.OpenQuestion('squad', 0, '0123456789 Answer:', ['y'])], len(whole) - 2)
+    assert seen[0] == whole[2:] and seen[1] == [*whole, ord('y')][3:] and row['cut'] and row['generation'] == 'y' * 16
+
+
+def test_the_letter_is_what_follows_the_prompt():
+    def model(idx):                                                               # a space after a colon, C after a space
+        logits = torch.zeros(*idx.shape, substrate.VOCAB)
+        logits[..., ord(' ')], logits[..., ord('C')] = 9.0 * (idx == ord(':')), 9.0 * (idx == ord(' '))
+        return logits
+    asked, n = question('C'), 1 + len(substrate.tokenizer().encode(question().prompt))
+    for context, cut in ((n, False), (n - 1, True)):
+        [row], _ = eval_mmlu.score(model, substrate.tokenizer(), [asked], context)
+        assert (row['letter'], row['choice'], row['cut'], row['scores']) == (' ', 'C', cut, dict(likelihood=1, letter=0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # On a GPU: pytest -m cuda -s
 
 cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')]
