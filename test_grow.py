@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import errno
 import gzip
 import http.server
 import io
@@ -1430,6 +1431,7 @@ def test_ctrl_c_stops_all_processes_after_the_same_step(here):
 
 
 def test_what_several_processes_cannot_do(here, capsys, monkeypatch):
+    assert grow.configure(['--device', 'cpu', '--context', '128'])[0].micro_batch == 4       # the batch has four rows, and the preset eight
     monkeypatch.setattr(grow, 'RANKS', 3)
     fails(capsys, flags(plan=True), '--micro_batch', '3 processes', status=2)
     monkeypatch.setattr(grow, 'RANKS', 2)
@@ -1863,7 +1865,8 @@ def test_a_pipe_that_nobody_reads(tmp_path):
     script = 'import substrate\nsubstrate.cli(lambda argv: print("a line\\n" * {}))()'
     for lines in (1, 100_000):                                                    # what breaks is the flush, or the write
         command = f'{shlex.quote(sys.executable)} -c {shlex.quote(script.format(lines))} | true; exit ${{PIPESTATUS[0]}}'
-        done = subprocess.run(['bash', '-c', command], cwd=REPO, capture_output=True, text=True, timeout=120)
+        buffered = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+        done = subprocess.run(['bash', '-c', command], cwd=REPO, capture_output=True, text=True, timeout=120, env=buffered)
         assert done.returncode == 141 and not done.stderr, (done.returncode, done.stderr)
 
 
@@ -2430,6 +2433,170 @@ def test_archives_are_fetched_and_unpacked(server, mmlu, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What no other test would miss
+
+def test_resume_makes_no_folder(here, capsys):
+    fails(capsys, ['--resume', '--out', 'nowhere'], 'nowhere', 'leave out --resume')
+    assert not Path('nowhere').exists()
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_every_kind_of_full_disk_is_one_sentence(capsys, number):
+    @substrate.cli
+    def main(argv):
+        raise OSError(number, os.strerror(number), 'log.csv')
+    fails(capsys, [], os.strerror(number), 'log.csv', 'make room', main=main)
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    pa, path = pytest.importorskip('pyarrow.parquet'), tmp_path / 'a.parquet'
+    table = prepare_data.parquet().table
+    pa.write_table(table({'text': texts()}), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8] + bytes(255 - x for x in whole[8:16]) + whole[16:])     # OSError, unlike a file cut short
+    refuses('a.parquet is damaged', list, prepare_data.file_documents([path]))
+    pa.write_table(table({'text': prepare_data.parquet().array([b'\xff']).view('string')}), path)     # UnicodeDecodeError
+    refuses('a.parquet is damaged', list, prepare_data.file_documents([path]))
+
+
+def test_a_row_with_one_field_too_many(run, mmlu, capsys):
+    (mmlu / 'test' / 'anatomy_test.csv').write_bytes(b'q,1,2,3,4,A\nq,1,2,3,4,D,5\n')
+    fails(capsys, [str(run), '--data', str(mmlu), '--device', 'cpu'], 'anatomy_test.csv, line 2', main=eval_mmlu.main)
+
+
+def test_the_whole_of_mmlu_has_no_note(run, mmlu, capsys, monkeypatch):
+    monkeypatch.setattr(eval_mmlu, 'MMLU_QUESTIONS', 12)
+    eval_mmlu.main([str(run), '--data', str(mmlu), '--device', 'cpu', '--limit', '6'])
+    assert 'note:' not in capsys.readouterr().out
+
+
+def test_resume_takes_what_may_change_and_nothing_else(own, capsys):
+    assert grow.RUNTIME == set('out resume micro_batch save_every device dtype compile length temperature top_k'.split())
+    new = dict(micro_batch=2, save_every=7.0, device='cpu', dtype='bfloat16', compile=True, length=3, temperature=1.5, top_k=2)
+    ckpt, words = grow.load('run'), [word for name, value in new.items() for word in (f'--{name}', str(value)) if value is not True]
+    c = grow.resumed_config(*grow.configure(['--resume', '--out', 'run', '--compile', *words]), ckpt, 'run')
+    assert dataclasses.asdict(c) == dataclasses.asdict(grow.Config(**ckpt['config'])) | new | dict(out='run', resume=True)
+    fails(capsys, ['--resume', '--out', 'run', '--micro_batch', '3'], '--micro_batch 3', status=2)
+
+
+def test_an_unfinished_run_is_not_grown_further(own, capsys):
+    torch.save(grow.load('run/stage_1.pt'), 'run/latest.pt')
+    fails(capsys, ['--grow_from', 'run', '--layers', '9', '--plan', '--device', 'cpu'], 'run is not finished', '--resume')
+
+
+@pytest.mark.parametrize('number', [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_moves_nothing(number):
+    c = config()
+    model, one = model_of(c), (ids(4, 16), ids(4, 16, seed=1))
+    optimizer, before = grow.make_optimizer(model, c), [p.clone() for p in model.parameters()]
+    model.norm.weight.register_hook(lambda g: g * number)                         # the loss stays finite
+    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
+    loss, norm = grow.train_step(model, optimizer, batches, 0, c, torch.autocast('cpu', enabled=False))
+    assert math.isfinite(loss) and not math.isfinite(norm) and not optimizer.state
+    assert all(map(torch.equal, before, model.parameters())) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize('bad', [(math.nan, 1.0), (1.0, math.inf)])
+def test_loss_and_norm_are_both_looked_at(here, capsys, monkeypatch, bad):
+    monkeypatch.setattr(grow, 'train_step', lambda *args: bad)
+    fails(capsys, flags(out='run'), 'not finite', 'grow 1, step 1')
+
+
+def test_a_run_keeps_its_folder_while_it_trains(here, monkeypatch):
+    original, steps = grow.train_step, []
+
+    def step(*args):
+        with pytest.raises(substrate.UserError, match='another process'):
+            grow.open_out(config(out='run', resume=True))
+        if len(steps) == 1:
+            steps.append(2)
+            raise RuntimeError('crash')
+        steps.append(1)
+        return original(*args)
+    monkeypatch.setattr(grow, 'train_step', step)
+    with pytest.raises(RuntimeError, match='crash'):
+        grow.main(flags(out='run', stage_tokens=64))
+    grow.main(['--resume', '--out', 'run'])
+    assert steps == [1, 2, 1, 1]
+
+
+def test_a_second_ctrl_c_does_not_wait(here, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*args):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail('it waited')
+    monkeypatch.setattr(grow, 'train_step', interrupt)
+    with pytest.raises(SystemExit) as end:
+        grow.main(flags(out='run'))
+    assert end.value.code == 130 and grow.load('run')['at']['global_step'] == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_checkpoints_of_another_tokenizer_are_refused(own, capsys):
+    torch.save(grow.load('run') | dict(tokenizer='another'), 'run/latest.pt')
+    fails(capsys, ['--sample', 'x', '--out', 'run', '--device', 'cpu'], 'latest.pt', 'another list of n-grams')
+
+
+def test_positions_reach_attention():
+    model, a = model_of(config(birth='random'), blocks=1), ids(1, 16)
+    b = a[:, [1, 0, *range(2, 16)]]                                               # one block without positions sees a set
+    with torch.no_grad():
+        model.blocks[0].qkv.weight.mul_(20)
+        assert not torch.allclose(model(a)[0, -1], model(b)[0, -1], atol=1e-4)
+    assert torch.allclose(model.cos[5], torch.tensor([math.cos(5 * 10_000 ** (-k / 8)) for k in range(8)]))
+
+
+def test_weights_at_birth():
+    block = model_of(config(birth='random', d_model=64)).blocks[2]
+    for linear, std in ((block.qkv, 0.02), (block.up, 0.02), (block.out, 0.02 / 6**0.5), (block.down, 0.02 / 6**0.5)):
+        assert linear.weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_every_group_has_its_rate_and_matrices_alone_decay():
+    c = config(lr=1e-2, head_lr=2e-2, lr_later=3e-2, head_lr_later=4e-2, lora_lr=5e-2, weight_decay=0.25, lora='joint', lora_rank=2, warmup=4)
+    model = model_of(c, blocks=0)
+    for phase, want in zip(grow.phases(c), ((1e-2, 2e-2), (3e-2, 4e-2))):
+        grow.enter(model, phase)
+        optimizer = grow.make_optimizer(model, c, later=phase.stage > 1)
+        rate = {id(p): (group['peak'], group['weight_decay']) for group in optimizer.param_groups for p in group['params']}
+        found = {name: rate[id(p)] for name, p in model.named_parameters() if id(p) in rate}
+        lr, head_lr = want
+        for name, value in found.items():
+            assert value == ((head_lr, 0) if name.startswith('head') else (5e-2, 0) if name.endswith(('.A', '.B')) else
+                             (lr, 0.25) if name.startswith('blocks') and name.endswith('weight') and 'norm' not in name else (lr, 0)), name
+    assert any(name.endswith('.A') for name in found)
+    assert [grow.lr_factor(c, step, 24) for step in (0, 3, 4, 14, 24)] == pytest.approx([0.2, 0.8, 1, 0.55, 0.1])
+
+
+def test_gradients_are_clipped():
+    c = config(clip=1e-3)
+    model, one = model_of(c), (ids(4, 16), ids(4, 16, seed=1))
+    optimizer, norms = grow.make_optimizer(model, c), []
+    optimizer.register_step_pre_hook(lambda *args: norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()))
+    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
+    _, norm = grow.train_step(model, optimizer, batches, 0, c, torch.autocast('cpu', enabled=False))
+    assert norm > 1e-2 and norms == [pytest.approx(1e-3, rel=1e-2)]
+
+
+def test_enter_refuses_more_than_the_budget():
+    c = config()
+    with pytest.raises(AssertionError, match='budget'):
+        grow.enter(model_of(c, blocks=0), grow.Phase('grow', 1, 2, 2, 1))
+
+
+def test_tables_are_compared_by_their_numbers():
+    a, b, c = (model_of(config(substrate='random', seed=seed), blocks=1) for seed in range(3))
+    b.interface.table.data += 5e-6                                                # the last bits of another machine
+    c.interface.table.data[7, 7] += 1e-3
+    assert not grow.tables_differ(a, b) and 'differ by up to 0.001' in grow.tables_differ(a, c)
+    merged = grow.MixtureOfExperts([a, b, c]).share_interface().experts
+    assert merged[1].interface.table is merged[0].interface.table and merged[2].interface.table is not merged[0].interface.table
+
+
+def test_a_mixture_sees_what_all_its_experts_see():
+    assert grow.MixtureOfExperts([model_of(config(context=n), blocks=1) for n in (32, 16)]).config.context == 16
+
 
 def test_the_log_shows_the_schedule(here, monkeypatch):
     seen, original = [], prepare_data.Batches.batch
