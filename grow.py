@@ -466,10 +466,13 @@ def tables_differ(a, b):
 # Several processes, started by torchrun, which numbers them in the environment. Each holds the whole model and takes its share of the
 # rows of every global batch; gradients are averaged. Rank 0 goes first, and it alone speaks and writes.
 
-RANK, RANKS, LOCAL_RANK = (int(os.environ.get(name, alone)) for name, alone in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+RANK, RANKS, LOCAL_RANK = (int(number) if (number := os.environ.get(name, alone)).isdecimal() else -1
+                           for name, alone in (('RANK', '0'), ('WORLD_SIZE', '1'), ('LOCAL_RANK', '0')))
 
 def join():
     """Meets the other processes, once: whoever comes first waits. Rank 0 comes when flags, data and tables are checked or made."""
+    if RANKS > 1 and 'MASTER_ADDR' not in os.environ:
+        raise UserError(f'WORLD_SIZE is {RANKS} in the environment, but not set by torchrun: unset it, or start by torchrun', status=2)
     if RANKS > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
 
@@ -605,10 +608,10 @@ def merge_experts(c):
     """The experts of --moe as one model on c.device. Raises UserError if their interfaces differ, unless that is allowed."""
     experts = [load_model(path) for path in c.moe]
     if any(isinstance(e, MixtureOfExperts) for e in experts):
-        raise UserError('--moe takes grown models, and one of these is a mixture already: name its experts instead')
+        raise UserError('a merge takes grown models, and one of these is a mixture already: name its experts instead')
     for other in experts[1:]:
         if (why := tables_differ(experts[0], other)) and not c.allow_mismatch:
-            raise UserError(f'these experts have no common interface: {why}; train them on the same substrate, or give --allow_mismatch')
+            raise UserError(f'these experts have no common interface: {why}; train them on the same substrate, or merge them by grow.py --allow_mismatch')
     return MixtureOfExperts(experts).share_interface().to(c.device).eval()
 
 def open_out(c):
@@ -619,7 +622,8 @@ def open_out(c):
     if RANK:
         return out, None                             # rank 0 has the lock
     if c.resume and not (out / 'latest.pt').exists():
-        raise UserError(f'{out} holds no checkpoint to resume: leave out --resume to start there')
+        remedy = 'its latest.pt is gone, so choose another --out' if any(out.glob('*.pt')) else 'leave out --resume to start there'
+        raise UserError(f'{out} holds no checkpoint to resume: {remedy}')
     out.mkdir(parents=True, exist_ok=True)
     (lock := prepare_data.locked(out, f'writing to {out}')).__enter__()
     if any(out.glob('*.pt')) and not c.resume:
@@ -754,6 +758,8 @@ def train(c, given):
     if not ckpt and not {'stage_tokens', 'lora_tokens', 'moe'} & given.keys():
         limit_epochs(c, datasets)
     batches = prepare_data.Batches(datasets, weights, c.seed + c.born_stage, c.batch_tokens // c.context, c.context)   # another order than the source's
+    for d in datasets:
+        prepare_data.Sequences(d, 'val', c.context)   # refuses what is too short now, not when a stage is trained
     fingerprint = digest(*(d.fingerprint for d in datasets))
     plan = phases(c)
     at = ckpt['at'] if ckpt else dict(phase=0, step=0, global_step=0, seconds=0.0, log_bytes=0, history=[], began=0.0)
@@ -859,6 +865,7 @@ def train(c, given):
         save_as('latest.pt', optimizer=None)
     if RANKS > 1:
         torch.distributed.destroy_process_group()
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # all is saved
     if not RANK:
         report(model, at, batches, c, amp)
     return out
@@ -922,7 +929,8 @@ def grown_config(c, given):
     sizes = 'substrate', 'd_model', 'heads', 'context'
     agree(given, sizes, source, c.grow_from)
     if ckpt['at']['phase'] < len(phases(source)):
-        raise UserError(f'the run in {c.grow_from} is not finished: finish it by --resume first')
+        raise UserError(f'the run in {c.grow_from} is not finished, or this is an earlier stage of it: name the folder of a finished run, or '
+                        'finish it by --resume first')
     if c.layers <= ckpt['depth']:
         raise UserError(f'--layers {c.layers}: the model in {c.grow_from} has {ckpt["depth"]} already; give a larger number', status=2)
     return dataclasses.replace(c, born_layers=ckpt['depth'], born_stage=phases(source)[-1].stage, **{name: getattr(source, name) for name in sizes})
@@ -996,6 +1004,8 @@ def configure(argv):
 @cli
 def main(argv=None):
     """The command line: plan, sample, compare experts, or train."""
+    if not 0 <= RANK < RANKS or LOCAL_RANK < 0:
+        raise UserError('RANK, WORLD_SIZE and LOCAL_RANK in the environment do not fit together: unset them, or start by torchrun', status=2)
     if RANK:
         sys.stdout = io.StringIO()
         if not {'-h', '--help'} & set(sys.argv):
@@ -1015,7 +1025,7 @@ def main(argv=None):
         compare_experts(c)
     else:
         if c.device == 'cpu' and not c.resume:
-            print('the laptop preset (' + ', '.join(f'{k} {getattr(c, k)}' for k in PRESETS['laptop']) + ')')
+            print('the laptop preset, with your flags (' + ', '.join(f'{k} {getattr(c, k)}' for k in PRESETS['laptop']) + ')')
         handler = signal.getsignal(signal.SIGINT)
         try:
             out = train(c, given)

@@ -4,7 +4,7 @@ A data set is a folder data/NAME/ of token shards (train_000000.npy, val_000000.
 and a meta.json. One token is one uint16, and every document is followed by the id of </s>.
 
     python prepare_data.py stdlib                                   # the prose of Python's standard library: 3 MB, no download
-    python prepare_data.py files --name books PATH...               # your own .txt .md .py .jsonl files or folders, in UTF-8, or .gz
+    python prepare_data.py files --name books PATH...               # your own .txt .md .py .jsonl .parquet files or folders, in UTF-8, or .gz
     python prepare_data.py files --name quotes --split-line % PATH  # one document between lines that say %
     python prepare_data.py wikipedia-ru --tokens 1_000_000_000      # downloaded, no more of it than that takes
     python prepare_data.py fineweb-edu                              # ... cosmopedia, wikipedia-en, wikipedia-zh, shakespeare
@@ -248,7 +248,7 @@ def text_documents(path, split_line=None):
         room = PIECE if split_line is None and len(f.read(WHOLE + 1)) > WHOLE else LONGEST
         f.seek(0)
         for number, line in enumerate(iter(lambda: f.readline(LONGEST + 1), b''), start=1):
-            ends = split_line is not None and line.rstrip(b'\r\n') == split_line.encode()
+            ends = split_line is not None and line.rstrip(b'\r\n') == os.fsencode(split_line)
             if not ends:
                 held.append(line)
                 size += len(line)
@@ -268,7 +268,7 @@ def jsonl_documents(path):
                 try:
                     text = json.loads(row)['text']
                     text.encode()                      # JSON can spell half a surrogate pair (\ud83d), which is no character
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise UserError(f'{path}, line {number}: not a JSON object with a "text" of valid Unicode; mend or remove it') from None
                 yield text
 

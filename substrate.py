@@ -287,7 +287,7 @@ def unicode_table(d_model):
     axes, table = axes[:, :d_model], np.zeros((VOCAB, d_model), np.float32)
     for i in range(0, VOCAB, 4096):                   # in parts, since these products are float64
         table[i:i + 4096, :axes.shape[1]] = F.normalize(torch.from_numpy((x[i:i + 4096] - mean) @ axes))
-    with replacing(path) as beside, open(beside, 'wb') as file:
+    with contextlib.suppress(UserError, OSError), replacing(path) as beside, open(beside, 'wb') as file:      # no place to keep it is no harm
         np.savez(file, table)
     return table
 

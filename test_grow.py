@@ -2689,6 +2689,32 @@ def test_the_letter_is_what_follows_the_prompt():
         assert (row['letter'], row['choice'], row['cut'], row['scores']) == (' ', 'C', cut, dict(likelihood=1, letter=0))
 
 
+def test_a_val_split_too_short_is_refused_before_training(here, capsys):
+    grow.open_data(config())
+    n = prepare_data.Dataset('stdlib').val_tokens
+    fails(capsys, flags(out='run', context=n, batch_tokens=n, micro_batch=1, stage_tokens=n, lora_tokens=n), 'val split', '--context')
+    assert not Path('run').exists()
+
+
+@pytest.mark.parametrize('rank, ranks, words', [('abc', '1', 'fit together'), ('1', '1', 'fit together'), ('-1', '2', 'fit together'), ('0', '', 'fit together'),
+                                                ('0', '2', 'torchrun')])
+def test_stray_ranks_in_the_environment_are_named(rank, ranks, words):
+    lone = {name: value for name, value in os.environ.items() if name not in ('MASTER_ADDR', 'LOCAL_RANK')}
+    done = subprocess.run([sys.executable, REPO / 'grow.py', '--sample', 'x', '--out', 'nowhere'], capture_output=True, text=True, timeout=120,
+                          env=lone | dict(RANK=rank, WORLD_SIZE=ranks))
+    assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr, done
+
+
+def test_a_run_without_its_latest_checkpoint(own, capsys):
+    Path('run/latest.pt').unlink()
+    fails(capsys, ['--resume', '--out', 'run'], 'latest.pt is gone', '--out')
+
+
+def test_an_unwritable_cache_is_no_harm(bits, cache, monkeypatch):
+    monkeypatch.setattr(substrate, 'CACHE', Path('/proc/nothing'))
+    assert substrate.unicode_table(16).shape == (substrate.VOCAB, 16)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU: pytest -m cuda -s
 

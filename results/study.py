@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+KEPT = HERE                                            # where results go; those of a small trial stay with its weights
 sys.path.insert(0, str(HERE.parent))
 
 import grow
@@ -88,7 +89,7 @@ def arms(common, tokens):
 
 def train(order, name, flags, work, mmlu):
     """Trains an arm, or goes on where it was stopped, scores it, and keeps its results. One thread: two arms at a time fill two cores better than one."""
-    kept, out = HERE / 'study' / name, work / name
+    kept, out = KEPT / 'study' / name, work / name
     if (kept / 'result.json').exists():
         return
     environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
@@ -127,7 +128,7 @@ def train(order, name, flags, work, mmlu):
 
 def results():
     """{name: result.json} of all finished arms, in the order of `arms`."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in (HERE / 'study').glob('*/result.json')}
+    found = {path.parent.name: json.loads(path.read_text()) for path in (KEPT / 'study').glob('*/result.json')}
     if not found:
         raise UserError('results/study holds no finished arm: leave out --only draw')
     return {name: found[name] for name in sorted(found, key=lambda name: found[name]['order'])}
@@ -239,18 +240,18 @@ def draw():
         raise UserError('the pictures need matplotlib: pip install matplotlib')
     found = results()
     rows = [row_of(name, r) for name, r in found.items()]
-    pictures.write_csv(HERE / 'study.csv', rows)
+    pictures.write_csv(KEPT / 'study.csv', rows)
     with contextlib.redirect_stdout(io.StringIO()) as table:
         grow.table(rows)
     text = '\n'.join([table.getvalue(), *verdicts(found)])
     print(text)
-    with replacing(HERE / 'study.txt') as path:
+    with replacing(KEPT / 'study.txt') as path:
         path.write_text(text + '\n')
-    runs = [HERE / 'study' / name for name in ('A.mono_2e-3.s0', *(f'A.{recipe}.tokens.s0' for recipe in RECIPES)) if name in found]
+    runs = [KEPT / 'study' / name for name in ('A.mono_2e-3.s0', *(f'A.{recipe}.tokens.s0' for recipe in RECIPES)) if name in found]
     for name, figure in (('tokens', pictures.loss(runs) if runs else None), ('flops', flops_picture(pictures.plt, found)),
                          ('substrates', substrates_picture(pictures.plt, found)), ('depth', depth_picture(pictures.plt, found))):
         if figure:
-            with replacing(HERE / f'study_{name}.png') as path:
+            with replacing(KEPT / f'study_{name}.png') as path:
                 figure.savefig(path, dpi=130, format='png')
 
 
@@ -264,6 +265,11 @@ def main(argv=None):
     parser.add_argument('--jobs', type=int, default=2, help='arms at a time, of one thread each (%(default)s)')
     parser.add_argument('--mmlu', metavar='DIR', help='as --data of eval_mmlu.py')
     args = parser.parse_args(argv)
+    if args.jobs < 1 or args.tokens < 1:
+        parser.error('--jobs and --tokens must be at least 1')
+    if args.flags or args.tokens != parser.get_default('tokens'):
+        global KEPT
+        KEPT = args.work.resolve()
     if args.only != ['draw']:
         args.work.mkdir(parents=True, exist_ok=True)
         common = [*FLAGS.split(), *shlex.split(args.flags)]
@@ -271,9 +277,11 @@ def main(argv=None):
         os.chdir(work)                                 # where grow.py finds data/
         grow.open_data(grow.configure(common)[0])      # prepares it, once
         todo = [(k, name, flags) for k, (name, flags) in enumerate(arms(common, args.tokens).items()) if name.startswith(tuple(args.only))]
+        if not todo:
+            parser.error(f'no arm begins with {" ".join(args.only)}')
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for name, _ in zip((name for _, name, _ in todo), pool.map(lambda arm: train(*arm, work, mmlu), todo)):
-                print(f'{name}: val loss {loss_of(json.loads((HERE / "study" / name / "result.json").read_text())):.4f}', flush=True)
+                print(f'{name}: val loss {loss_of(json.loads((KEPT / "study" / name / "result.json").read_text())):.4f}', flush=True)
     draw()
 
 
