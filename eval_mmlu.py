@@ -10,7 +10,8 @@ A choice question gets two scores from one pass over its prompt:
     letter       the original's score: the likeliest next token after `Answer:`, over the whole vocabulary, is the key. (The original samples
                  one character; we take the likeliest. In our tokenizer " A" is a space and a letter, so a model that learned to write
                  `Answer: A` predicts the space, and is wrong.)
-A model that has not learned the format scores at chance by likelihood and below it by letter. OUT/eval_TASK.json holds a row for every question.
+A model that has not learned the format scores at chance by likelihood and below it by letter. OUT/eval_TASK.json holds a row for every question
+(of those of --limit N: eval_TASK_limit_N.json).
 The scoring functions take any model and any tokenizer: results/check_eval.py compares them with lm-eval. There are no chat templates here.
 """
 
@@ -357,9 +358,10 @@ def targets(a):
     for path in files:
         if not path.is_file():
             raise UserError(f'{path} does not exist: OUT must be the folder of a run, or a checkpoint in it')
+    part = f'_limit_{a.limit}' if a.limit else ''      # so that a look at a few questions replaces no whole result
     if len(a.out) > 1:
-        return [(files, files[0].parent / f'eval_{a.task}_merged.json')]
-    return [([path], path.parent / f'eval_{a.task}{"" if path.stem == "latest" else "_" + path.stem}.json') for path in files]
+        return [(files, files[0].parent / f'eval_{a.task}_merged{part}.json')]
+    return [([path], path.parent / f'eval_{a.task}{"" if path.stem == "latest" else "_" + path.stem}{part}.json') for path in files]
 
 @cli
 def main(argv=None):

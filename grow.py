@@ -914,6 +914,8 @@ def agree(given, names, stored, path):
 
 RUNTIME = {'out', 'resume', 'micro_batch', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # may change
 
+SAMPLING = {'sample', 'out', 'moe', 'allow_mismatch', 'length', 'temperature', 'top_k', 'seed', 'device', 'dtype', 'compile'}     # with --sample
+
 def resumed_config(c, given, ckpt, path):
     """The config in the checkpoint, with what the flags may change. Other flags must agree with it."""
     stored = Config(**ckpt['config'])
@@ -973,6 +975,8 @@ def configure(argv):
             setattr(c, name, value)
     if c.resume + c.plan + (c.sample is not None) > 1:
         parser.error('--resume, --plan and --sample are different jobs: give one of them')
+    if c.sample is not None and (idle := sorted(given.keys() - SAMPLING)):
+        parser.error(f'--sample takes a trained model as it is: leave out --{" --".join(idle)}')
     if c.resume:                                     # all else comes from the checkpoint
         return c, given
     if c.grow_from:

@@ -1436,7 +1436,7 @@ def test_what_several_processes_cannot_do(here, capsys, monkeypatch):
     fails(capsys, flags(plan=True), '--micro_batch', '3 processes', status=2)
     monkeypatch.setattr(grow, 'RANKS', 2)
     fails(capsys, flags(plan=True, micro_batch=2), '--plan', 'one process', status=2)
-    fails(capsys, flags(sample='x', micro_batch=2), '--sample', 'one process', status=2)
+    fails(capsys, ['--sample', 'x', '--device', 'cpu'], '--sample', 'one process', status=2)
 
 
 @pytest.mark.parametrize('error', [lambda: torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), lambda: torch.empty(2**60),
@@ -1547,6 +1547,9 @@ WRONG = [(script, shlex.split(line), word) for script, lines in {
         --lora_stages 2,4 --lora interleaved | --lora_stages
         --lora_stages 2 | --lora interleaved
         --lora_stages 2 --lora joint | --lora interleaved
+        --sample x --layers 5 | --layers
+        --sample x --out run --substrate unicode | --substrate
+        --sample x --grow_from run | --grow_from
         --data | --data
         --data a:0 | weight
         --data a:1001 | weight
@@ -2108,7 +2111,8 @@ def test_eval_writes_a_row_for_every_question(run, mmlu, capsys):
     for words in ('12 questions, 3 subject(s)', 'note: 12 questions', 'chance: 25.00', 'were cut from the left', 'padding', 'micro', 'macro', 'humanities'):
         assert words in out, words
     eval_mmlu.main([str(run), '--data', str(mmlu), '--device', 'cpu', '--limit', '6', '--shots', '2'])
-    rows = json.loads((run / 'eval_mmlu.json').read_text())['rows']
+    rows = json.loads((run / 'eval_mmlu_limit_6.json').read_text())['rows']
+    assert json.loads((run / 'eval_mmlu.json').read_text()) == saved                # of all questions, as before
     assert len(rows) == 6 and len({row['subject'] for row in rows}) == 3 and all(row['cut'] for row in rows)
 
 
