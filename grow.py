@@ -471,9 +471,9 @@ RANK, RANKS, LOCAL_RANK = (int(number) if (number := os.environ.get(name, alone)
 
 def join():
     """Meets the other processes, once: whoever comes first waits. Rank 0 comes when flags, data and tables are checked or made."""
-    if RANKS > 1 and 'MASTER_ADDR' not in os.environ:
-        raise UserError(f'WORLD_SIZE is {RANKS} in the environment, but not set by torchrun: unset it, or start by torchrun', status=2)
     if RANKS > 1 and not torch.distributed.is_initialized():
+        if 'MASTER_ADDR' not in os.environ:
+            raise UserError(f'WORLD_SIZE is {RANKS} in the environment, but not set by torchrun: unset it, or start by torchrun', status=2)
         torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
 
 def over_ranks(number):
@@ -912,9 +912,8 @@ def agree(given, names, stored, path):
         if name in given and given[name] != getattr(stored, name):
             raise UserError(f'--{name} {given[name]} contradicts the run in {path}, which has {getattr(stored, name)}: leave the flag out', status=2)
 
-RUNTIME = {'out', 'resume', 'micro_batch', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # may change
-
-SAMPLING = {'sample', 'out', 'moe', 'allow_mismatch', 'length', 'temperature', 'top_k', 'seed', 'device', 'dtype', 'compile'}     # with --sample
+RUNTIME = {'out', 'resume', 'micro_batch', 'save_every', 'device', 'dtype', 'compile', 'length', 'temperature', 'top_k'}   # of a resumed run
+SAMPLING = {'sample', 'out', 'moe', 'allow_mismatch', 'length', 'temperature', 'top_k', 'seed', 'device', 'dtype', 'compile'}     # beside --sample
 
 def resumed_config(c, given, ckpt, path):
     """The config in the checkpoint, with what the flags may change. Other flags must agree with it."""

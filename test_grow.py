@@ -56,6 +56,11 @@ def flags(**changes):
     return words
 
 
+def always_the_batch(one):
+    """Batches that are all the same (inputs, targets)."""
+    return type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
+
+
 def model_of(c, blocks=None):
     model = grow.GrowingTransformer(c, substrate.substrate(c.substrate, c.d_model))
     torch.manual_seed(c.seed)
@@ -1011,7 +1016,7 @@ def test_it_overfits_one_batch():
     grow.enter(model, grow.Phase('grow', 1, 2, 2, 20))
     optimizer = grow.make_optimizer(model, c)
     one = (ids(4, 16), ids(4, 16, seed=1))
-    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
+    batches = always_the_batch(one)
     losses = [grow.train_step(model, optimizer, batches, k, c, torch.autocast('cpu', enabled=False))[0] for k in range(20)]
     assert losses[-1] < 0.5 < 10 < losses[0]
 
@@ -2493,7 +2498,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(number):
     model, one = model_of(c), (ids(4, 16), ids(4, 16, seed=1))
     optimizer, before = grow.make_optimizer(model, c), [p.clone() for p in model.parameters()]
     model.norm.weight.register_hook(lambda g: g * number)                         # the loss stays finite
-    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
+    batches = always_the_batch(one)
     loss, norm = grow.train_step(model, optimizer, batches, 0, c, torch.autocast('cpu', enabled=False))
     assert math.isfinite(loss) and not math.isfinite(norm) and not optimizer.state
     assert all(map(torch.equal, before, model.parameters())) and all(p.grad is None for p in model.parameters())
@@ -2578,7 +2583,7 @@ def test_gradients_are_clipped():
     model, one = model_of(c), (ids(4, 16), ids(4, 16, seed=1))
     optimizer, norms = grow.make_optimizer(model, c), []
     optimizer.register_step_pre_hook(lambda *args: norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()))
-    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
+    batches = always_the_batch(one)
     _, norm = grow.train_step(model, optimizer, batches, 0, c, torch.autocast('cpu', enabled=False))
     assert norm > 1e-2 and norms == [pytest.approx(1e-3, rel=1e-2)]
 
@@ -2700,7 +2705,7 @@ def test_a_val_split_too_short_is_refused_before_training(here, capsys):
     assert not Path('run').exists()
 
 
-@pytest.mark.parametrize('rank, ranks, words', [('abc', '1', 'fit together'), ('1', '1', 'fit together'), ('-1', '2', 'fit together'), ('0', '', 'fit together'),
+@pytest.mark.parametrize('rank, ranks, words', [('abc', '1', 'fit together'), ('1', '1', 'fit together'), ('-1', '2', 'fit together'), ('0', '', 'fit together'), ('1', '2', 'not set by torchrun'),
                                                 ('0', '2', 'torchrun')])
 def test_stray_ranks_in_the_environment_are_named(rank, ranks, words):
     lone = {name: value for name, value in os.environ.items() if name not in ('MASTER_ADDR', 'LOCAL_RANK')}
@@ -2769,7 +2774,7 @@ def test_cuda_twenty_steps_at_paper_size(here):
     grow.compile_model(model)
     optimizer = grow.make_optimizer(model, c)
     one = (ids(16, 1024), ids(16, 1024, seed=1))
-    batches = type('OneBatch', (), dict(batch=lambda self, step, rows=None: one))()
+    batches = always_the_batch(one)
     torch.cuda.reset_peak_memory_stats()
     losses = [grow.train_step(model, optimizer, batches, k, c, amp)[0] for k in range(5)]
     torch.cuda.synchronize()

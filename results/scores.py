@@ -29,7 +29,7 @@ MAIN = dict.fromkeys(eval_mmlu.FILES, 'likelihood') | dict(squad='hit')         
 def scored(model, task, data):
     """Scores `model`, one word of the command line, where that is not done yet. -> [(name, content of its eval_TASK.json)], a row a checkpoint."""
     outs = model.split('+')
-    a = SimpleNamespace(out=outs, task=task, all_stages=len(outs) == 1 and Path(model).is_dir())
+    a = SimpleNamespace(out=outs, task=task, all_stages=len(outs) == 1 and Path(model).is_dir(), limit=None)
     files = eval_mmlu.targets(a)
 
     def done(target, checkpoints):

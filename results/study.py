@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KEPT = HERE                                            # where results go; those of a small trial stay with its weights
 sys.path.insert(0, str(HERE.parent))
 
 import grow
@@ -87,9 +86,9 @@ def arms(common, tokens):
     return found
 
 
-def train(order, name, flags, work, mmlu):
+def train(order, name, flags, work, mmlu, place):
     """Trains an arm, or goes on where it was stopped, scores it, and keeps its results. One thread: two arms at a time fill two cores better than one."""
-    kept, out = KEPT / 'study' / name, work / name
+    kept, out = place / 'study' / name, work / name
     if (kept / 'result.json').exists():
         return
     environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
@@ -126,11 +125,11 @@ def train(order, name, flags, work, mmlu):
 # Tables and pictures, from results/study alone
 
 
-def results():
-    """{name: result.json} of all finished arms, in the order of `arms`."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in (KEPT / 'study').glob('*/result.json')}
+def results(place):
+    """{name: result.json} of all finished arms in place/study, in the order of `arms`."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in (place / 'study').glob('*/result.json')}
     if not found:
-        raise UserError('results/study holds no finished arm: leave out --only draw')
+        raise UserError(f'{place}/study holds no finished arm: leave out --only draw')
     return {name: found[name] for name in sorted(found, key=lambda name: found[name]['order'])}
 
 
@@ -234,24 +233,24 @@ def depth_picture(plt, found):
     return figure
 
 
-def draw():
-    """results/study -> study.txt, study.csv and the pictures."""
+def draw(place):
+    """place/study -> place/study.txt, study.csv and the pictures. `place`: results, or the folder of a trial."""
     if pictures.plt is None:
         raise UserError('the pictures need matplotlib: pip install matplotlib')
-    found = results()
+    found = results(place)
     rows = [row_of(name, r) for name, r in found.items()]
-    pictures.write_csv(KEPT / 'study.csv', rows)
+    pictures.write_csv(place / 'study.csv', rows)
     with contextlib.redirect_stdout(io.StringIO()) as table:
         grow.table(rows)
     text = '\n'.join([table.getvalue(), *verdicts(found)])
     print(text)
-    with replacing(KEPT / 'study.txt') as path:
+    with replacing(place / 'study.txt') as path:
         path.write_text(text + '\n')
-    runs = [KEPT / 'study' / name for name in ('A.mono_2e-3.s0', *(f'A.{recipe}.tokens.s0' for recipe in RECIPES)) if name in found]
+    runs = [place / 'study' / name for name in ('A.mono_2e-3.s0', *(f'A.{recipe}.tokens.s0' for recipe in RECIPES)) if name in found]
     for name, figure in (('tokens', pictures.loss(runs) if runs else None), ('flops', flops_picture(pictures.plt, found)),
                          ('substrates', substrates_picture(pictures.plt, found)), ('depth', depth_picture(pictures.plt, found))):
         if figure:
-            with replacing(KEPT / f'study_{name}.png') as path:
+            with replacing(place / f'study_{name}.png') as path:
                 figure.savefig(path, dpi=130, format='png')
 
 
@@ -267,9 +266,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.jobs < 1 or args.tokens < 1:
         parser.error('--jobs and --tokens must be at least 1')
-    if args.flags or args.tokens != parser.get_default('tokens'):
-        global KEPT
-        KEPT = args.work.resolve()
+    trial = args.flags or args.tokens != parser.get_default('tokens')
+    place = args.work.resolve() if trial else HERE     # the results of a small trial stay with its weights
     if args.only != ['draw']:
         args.work.mkdir(parents=True, exist_ok=True)
         common = [*FLAGS.split(), *shlex.split(args.flags)]
@@ -280,9 +278,9 @@ def main(argv=None):
         if not todo:
             parser.error(f'no arm begins with {" ".join(args.only)}')
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            for name, _ in zip((name for _, name, _ in todo), pool.map(lambda arm: train(*arm, work, mmlu), todo)):
-                print(f'{name}: val loss {loss_of(json.loads((KEPT / "study" / name / "result.json").read_text())):.4f}', flush=True)
-    draw()
+            for name, _ in zip((name for _, name, _ in todo), pool.map(lambda arm: train(*arm, work, mmlu, place), todo)):
+                print(f'{name}: val loss {loss_of(json.loads((place / "study" / name / "result.json").read_text())):.4f}', flush=True)
+    draw(place)
 
 
 if __name__ == '__main__':
