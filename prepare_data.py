@@ -130,7 +130,7 @@ def stdlib_documents():
 def locked(path, doing):
     """Keeps `path`, a file or a folder, to this process until the block ends, or the process dies. Raises UserError if another one has it:
     `doing` says what that one is doing."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -621,6 +621,28 @@ def unigram_log_probs(batches):
     first 20 M tokens are counted. A head born with this as its bias spends no steps on learning it (ours)."""
     counts = [np.bincount(dataset.train[0][:COUNTED], minlength=VOCAB) + 1 for dataset in batches.datasets]
     return torch.from_numpy(np.log(np.average([c / c.sum() for c in counts], axis=0, weights=batches.weights))).float()
+
+def open_batches(words, seed, rows, context):
+    pairs = [(name, weight or '1') for name, _, weight in (word.partition(':') for word in words)]
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names) or not all(weight.isdecimal() and int(weight) for _, weight in pairs):
+        raise UserError(f'--data {" ".join(words)}: name each data set once, with a positive whole weight if any, as in '
+                        'ru:3 en:1', status=2)
+    if 'stdlib' in names and not Path('data/stdlib').exists():
+        print('no data yet: preparing the text of the Python standard library')
+        prepare_stdlib()
+    datasets = [Dataset(name) for name in names]
+    for dataset in datasets:
+        Sequences(dataset, 'val', context)             # refuses what is too short before anything is trained
+    return Batches(datasets, [int(weight) for _, weight in pairs], seed, rows, context)
+
+_n, _u = ngram_losses, unigram_log_probs
+def ngram_losses(dataset, context, limit=None):
+    b = Batches([dataset], [1], 0, 64, context)
+    return _n(b, len(b.sequences[0]) // 64, dataset, limit)
+def unigram_log_probs(datasets, weights):
+    import types
+    return _u(types.SimpleNamespace(datasets=datasets, weights=weights))
 
 # ---------------------------------------------------------------------------------------------------------------------
 
