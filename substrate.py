@@ -120,7 +120,7 @@ def show(text):
         lines = [''.join(' ▀▄█'[k] for k in line).ljust(CELL) for line in pixels[::2] + 2 * pixels[1::2]]
         lines[3] += f'  {i:,} = 0x{i:04X}   {readable(texts[i])}'
         others = [f'{readable(texts[k])} 0x{k:04X}' for k in twins.get(i, []) if k != i]
-        lines[4] += '  looks exactly like ' + ', '.join(others) if others else ''
+        lines[4] += '  looks like ' + ', '.join(others) if others else ''
         print(*lines, sep='\n')
 
 # --------------------------------------------------------------------------------------------------------
@@ -137,9 +137,9 @@ class Substrate(torch.nn.Module):
         super().__init__()
         self.name, self.d_model = str(name), d_model
         if self.name not in NAMES and not self.name.endswith(('.npy', '.pt')):
-            raise UserError(f'{name} is no substrate: choose {", ".join(NAMES)}, a .npy, a .pt', status=2)
+            raise UserError(f'{name} is no substrate: choose {", ".join(NAMES)} or a .npy or .pt file', 2)
         if self.name == 'binary' and d_model % 16:
-            raise UserError('for substrate binary d_model must be a multiple of 16', status=2)
+            raise UserError('for substrate binary d_model must be a multiple of 16', 2)
         width = 16 if self.name == 'binary' else d_model
         self.table = torch.nn.Parameter(torch.empty(VOCAB, width), requires_grad=self.name == 'learned')
 
@@ -274,7 +274,7 @@ def main(argv=None):
     texts, groups = token_texts(), homoglyphs(glyphs())
     for group in groups if args.homoglyphs else ():
         print('  '.join(f'{readable(texts[i])} 0x{i:04X}' for i in group))
-    print(f'{VOCAB:,} tokens, {sum(map(len, groups)):,} look like others; fingerprint {tokenizer_fingerprint()}')
+    print(f'{VOCAB:,} tokens, {sum(map(len, groups)):,} look alike; fingerprint', tokenizer_fingerprint())
 
 if __name__ == '__main__':
     main()

@@ -1,8 +1,10 @@
-"""Draws the pictures of interface/glyphs.npz again: `python interface/draw_glyphs.py FONT` writes the same bits.
+"""Draws interface/glyphs.npz again, the picture of every token. This writes the same bits:
 
-FONT is unifont.otf of GNU Unifont 15.0.01, in Debian /usr/share/fonts/opentype/unifont/unifont.otf of the package
-fonts-unifont. Recipe of arXiv 2507.04886 less its noise, but control characters are drawn as their control pictures
-(our choice), or a line end would be as blank as a space.
+    python interface/draw_glyphs.py /usr/share/fonts/opentype/unifont/unifont.otf
+
+The font is GNU Unifont 15.0.01, in Debian the package fonts-unifont. The recipe is that of arXiv 2507.04886
+less its noise, but control characters are drawn as their control pictures (our choice), or a line end would
+be as blank as a space.
 """
 
 import argparse
@@ -20,13 +22,13 @@ import substrate
 from substrate import CELL, VOCAB, Parser, UserError, cli, replacing
 
 def draw_tokens(font_file):
-    """The picture of every token, (65536, 128) uint8, 1,024 bits packed. Several characters stand side by side,
-    squeezed to one cell: a pixel is on if at least half of what it covers is. Raises UserError for a bad font."""
+    """The picture of every token, (65536, 128) uint8: 1,024 bits, packed. Several characters stand side by
+    side, squeezed to one cell: a pixel is on if at least half of what it covers is. Raises UserError."""
     # the other layout engine fails on some code points
     try:
         font = ImageFont.truetype(font_file, CELL, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
-        raise UserError(f'cannot read the font {font_file} ({error}): install fonts-unifont, or name it') from None
+        raise UserError(f'cannot read the font {font_file} ({error}): install fonts-unifont') from None
 
     @functools.cache
     def cell(character):
