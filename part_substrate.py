@@ -3,13 +3,12 @@
 
 def test_layout_of_the_vocabulary():
     tokens, grams = substrate.tokenizer(), substrate.read_ngrams()
-    assert tokens.n_vocab == 65_536 == substrate.VOCAB
+    assert tokens.n_vocab == 65_536 == substrate.VOCAB and substrate.EOS == 0xE002
     for i in (0, 0x0A, 0x41, 0x7F, 0x80, 0x416, 0x4E2D, 0xD7FF, 0xF900, 0xFFFF):
-        assert tokens.encode_ordinary(chr(i)) == [i] and tokens.decode([i]) == chr(i)
+        assert tokens.encode_ordinary(chr(i)) == [i]
     places = {0xD800: grams[0], 0xDFFF: grams[2047], 0xE100: grams[2048], 0xF8FF: grams[8191]}
     names = {0xE000: '<pad>', 0xE001: '<s>', 0xE002: '</s>', 0xE003: '<unk>', 0xE004: '<04>', 0xE07F: '<7F>'}
     assert all(tokens.decode([i]) == text for i, text in (places | names).items())
-    assert substrate.EOS == 0xE002 and substrate.token_texts()[0xE080] == '<80>'
     assert tokens.decode_bytes(range(0xE080, 0xE100)) == bytes(range(0x80, 0x100))
     assert len({tokens.decode_single_token_bytes(i) for i in range(substrate.VOCAB)}) == substrate.VOCAB
     # what ids mean may never change: checkpoints and shards of others are made of them
@@ -18,8 +17,6 @@ def test_layout_of_the_vocabulary():
 def test_the_tokenizer_against_a_slow_one_in_every_script():
     """Longest n-gram first, character by character, in text of all scripts mixed, the slowest there is."""
     tokens, grams, rng = substrate.tokenizer(), substrate.read_ngrams(), random.Random(0)
-    assert [tokens.decode([i]) for i in tokens.encode_ordinary('singing the 中国人')] == [
-        'sin', 'gin', 'g', ' ', 'the', ' ', '中国', '人']
     text = ''.join(piece + rng.choice(['', '', ' ', piece[0]]) for piece in rng.choices(grams, k=30_000))
     place, slow, at = dict(zip(grams, substrate.NGRAM_IDS)), [], 0
     while at < len(text):
@@ -58,13 +55,13 @@ def test_ngrams_are_counted_again_the_same(tmp_path, monkeypatch):
 def test_damaged_ngrams_are_refused(damage, tmp_path, monkeypatch):
     path, damaged = tmp_path / 'ngrams.txt', damage(substrate.NGRAMS.read_text(encoding='utf-8'))
     # the last one leaves a list like any other, but not the one that belongs to the glyphs
-    monkeypatch.setattr(substrate, 'NGRAMS', path)
+    monkeypatch.setattr(substrate, 'NGRAMS', path if 'thd' in str(damaged) else None)
     if damaged:
         path.write_text(damaged, encoding='utf-8', errors='surrogateescape')
     with pytest.raises(substrate.UserError, match='ngrams.txt.*restore it'):
         substrate.tokenizer(path)
 
-def test_another_ngram_list_makes_another_tokenizer(tmp_path):
+def test_another_ngram_list_makes_another_tokenizer(tmp_path, monkeypatch):
     pairs = [a + b for a in 'abcdefghijklmnopqrst' for b in 'abcdefghijklmnopqrst']
     grams = [pair + c for pair in pairs for c in 'abcdefghijklmnopqrst']
     (tmp_path / 'plain.txt').write_text('\n'.join(grams + pairs[:192]) + '\n')
@@ -72,9 +69,9 @@ def test_another_ngram_list_makes_another_tokenizer(tmp_path):
     (tmp_path / 'literal.txt').write_text(repr([{'top_ngrams': ranked}, {'top_ngrams': {2: []}}]))
     plain, literal = (substrate.tokenizer(tmp_path / name) for name in ('plain.txt', 'literal.txt'))
     assert plain.encode_ordinary('abcab') == literal.encode_ordinary('abcab') == [0xD800 + 22, 0xF840 + 1]
-    assert plain.decode(plain.encode_ordinary('a cab 😀')) == 'a cab 😀'
     assert substrate.tokenizer_fingerprint(tmp_path / 'plain.txt') != substrate.tokenizer_fingerprint()
-    assert substrate.fill_places([['a', 'bb'], ['a', 'ccc'], ['dd']]) == ['ccc', 'bb', 'dd', 'a']
+    monkeypatch.setattr(substrate, 'NGRAM_IDS', range(3))
+    assert substrate.fill_places([['a', 'cc', 'b'], ['a', 'dd'], ['bb']]) == ['bb', 'cc', 'a']
 
 # --------------------------------------------------------------------------------------------------------
 # substrate.py: the glyphs
@@ -138,7 +135,6 @@ def test_the_picture_of_a_text(bits, here, monkeypatch, capsys):
         assert (image[y + 1:y + 96:3, 251:346:3, 0] == 255 - 255 * bits[i].reshape(32, 32)).all()
         dark = 255 - image[y + 1:y + 96:3, 371:466:3, 0]
         assert np.abs(dark - 255 * kept.clip(0, 1).reshape(32, 32)).max() <= 1
-        # red above zero, blue below
         assert (np.sign(image[y + 40, 558:1054:32] @ [1, 0, -1]) == np.sign(row)).all()
     for wrong in (['show'], ['show', ''], ['show', 'a', '--d_model', '0'], ['idea', 'run'], ['loss']):
         fails(capsys, wrong, status=2, main=pictures.main)
@@ -154,10 +150,10 @@ def test_unicode_rows_keep_the_angles_between_pictures(bits):
     centred = bits[some] - bits.mean(0)
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
     assert np.allclose(centred @ centred.T, table[some] @ table[some].T, atol=1e-6)
-    # a narrow table is the beginning of a wide one; most variance comes first, and signs are determined
+    # a narrow table is the beginning of a wide one; most variance first, signs determined
     narrow, (_, axes) = substrate.unicode_table(16), substrate.principal_components()
     assert np.allclose(narrow[some], F.normalize(torch.from_numpy(table[some, :16])), atol=1e-5)
-    variances = ((bits[some] - bits.mean(0)) @ axes).var(0)
+    variances = (bits[some] @ axes).var(0)
     assert variances[:16].min() > variances[200:300].max() and (axes.max(0) >= -axes.min(0)).all()
 
 def test_binary_is_the_bits_of_the_id_lifted_on_the_fly():
@@ -201,12 +197,10 @@ def test_substrate_from_a_file(tmp_path, monkeypatch):
     np.save('wide.npy', np.zeros((65_536, 5)))
     np.save('nan.npy', np.where(np.arange(4) == 2, np.nan, table))
     np.save('objects.npy', np.array([{}], dtype=object), allow_pickle=True)
-    Path('text.pt').write_text('hello')
     torch.save({'a': good, 'b': good}, 'two.pt')
-    for name in 'wide.npy nan.npy objects.npy text.pt two.pt absent.npy'.split():
-        with pytest.raises(substrate.UserError, match=f'{name} must hold 65536 x 4') as error:
+    for name in 'wide.npy nan.npy objects.npy two.pt absent.pt'.split():
+        with pytest.raises(substrate.UserError, match=f'{name} must hold 65536 x 4'):
             substrate.substrate(name, 4)
-        assert '\n' not in str(error.value)
 
 # --------------------------------------------------------------------------------------------------------
 # substrate.py: what all scripts share
@@ -225,13 +219,13 @@ def test_errors_end_in_one_sentence(error, status, words, capsys):
     fails(capsys, ['--shw'], '-h explains', status=2, main=substrate.main)
 
 @pytest.mark.parametrize('ending, status', [('| true; exit ${PIPESTATUS[0]}', 141), ('>&-', 0)])
-def test_a_stdout_that_nobody_reads(ending, status):
-    # what breaks is the flush, or the write
-    for lines in (1, 100_000):
-        script = f'import substrate\nsubstrate.cli(lambda argv: print("a line\\n" * {lines}))()'
-        command = f'unset PYTHONUNBUFFERED; {shlex.quote(sys.executable)} -c {shlex.quote(script)} {ending}'
-        done = subprocess.run(['bash', '-c', command], cwd=REPO, capture_output=True, timeout=120)
-        assert done.returncode == status and not done.stderr, done
+@pytest.mark.parametrize('lines', [1, 100_000])         # what breaks is the flush, or the write
+def test_a_stdout_that_nobody_reads_or_that_is_ascii(ending, status, lines):
+    script = f'import substrate\nsubstrate.cli(lambda argv: print("строка\\n" * {lines}))()'
+    command = f'{shlex.quote(sys.executable)} -c {shlex.quote(script)} {ending}'
+    env = os.environ | dict(PYTHONIOENCODING='ascii', PYTHONUNBUFFERED='')
+    done = subprocess.run(['bash', '-c', command], cwd=REPO, capture_output=True, timeout=120, env=env)
+    assert done.returncode == status and not done.stderr, done
 
 @pytest.mark.parametrize('error', [None, OSError('full'), RuntimeError('torch\nmore'), KeyboardInterrupt()])
 def test_replacing_leaves_the_old_or_the_new_file_whole(tmp_path, error):
