@@ -1,13 +1,15 @@
 """
-The pictures of this project: the idea of growth, and the losses of your own runs.
+The pictures of this project: the idea of growth, the losses of your runs, and what a model sees of a text.
 
-    python results/pictures.py idea                             # results/idea.png
-    python results/pictures.py loss out/001 out/002             # losses of runs, in one picture: out/001/loss.png
+    python results/pictures.py idea                                  # results/idea.png
+    python results/pictures.py loss out/001 out/002                  # losses of runs: out/001/loss.png
     python results/pictures.py loss out/001 --out mine.png
+    python results/pictures.py show "Привет, 你好, the 🎉"            # a text's tokens as numbers: show.png
 
-Needs matplotlib, which is in requirements-dev.txt.
+The first two need matplotlib, which is in requirements-dev.txt.
 """
 
+import argparse
 import csv
 import itertools
 import sys
@@ -15,12 +17,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import grow
-from substrate import Parser, UserError, cli, glyphs, replacing
+from substrate import (CELL, VOCAB, Parser, UserError, cli, glyphs, principal_components, readable, replacing,
+                       token_texts, tokenizer, unicode_table)
 
 try:
     import matplotlib
@@ -31,22 +35,25 @@ except ImportError:
     plt = None                                        # main says what to install
 
 INK, GREY = '#22303c', '#5d6c7a'
-TRAINED, FROZEN = ('#f7ab5e', '#d8752a', '#5a2a00'), ('#dbe5ef', '#8fa8c0', '#47627d')         # area, edge, text
+# of an area, its edge and the text on it
+TRAINED, FROZEN = ('#f7ab5e', '#d8752a', '#5a2a00'), ('#dbe5ef', '#8fa8c0', '#47627d')
 INTERFACE, PLAIN = ('#b4c8dd', '#7d99b5', '#2f4a66'), ('white', INK, INK)
-RUNS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#444444'              # told apart by the colour-blind (Okabe and Ito)
+# told apart by the colour-blind (Okabe and Ito)
+RUNS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#444444'
 
 
 def write_csv(target, rows):
-    """Dicts of equal keys -> a csv file, whole or absent: for the scripts beside this one, whose tables are drawn too."""
+    """Dicts of equal keys -> a csv file, whole or absent: for the scripts beside this one."""
     with replacing(target) as path, open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# idea: how a model of 9 blocks grows, and how two grown models become one. Coordinates are pixels of a page of 900 x 566
+# --------------------------------------------------------------------------------------------------------
+# idea: how a model of 9 blocks grows, and how two grown models become one, in pixels of a page of 900 x 566
 
-FLOOR, BLOCK, STEP, HEAD = 166, 26, 30, 38            # where blocks begin; height of a block, of a block and its gap, of a head
+# where blocks begin; height of a block, of a block and its gap, of a head
+FLOOR, BLOCK, STEP, HEAD = 166, 26, 30, 38
 
 
 def say(ax, x, y, text, size=9, colour=INK, **more):
@@ -56,26 +63,29 @@ def say(ax, x, y, text, size=9, colour=INK, **more):
 def box(ax, x, y, width, height, colours, text=''):
     """A box with its lower left corner at (x, y), in colours (area, edge, text)."""
     area, edge, ink = colours
-    ax.add_patch(FancyBboxPatch((x + 2, y + 2), width - 4, height - 4, 'round,pad=2,rounding_size=4', fc=area, ec=edge, lw=1))
+    shape = 'round,pad=2,rounding_size=4'
+    ax.add_patch(FancyBboxPatch((x + 2, y + 2), width - 4, height - 4, shape, fc=area, ec=edge, lw=1))
     say(ax, x + width / 2, y + height / 2, text, 8.5, ink)
 
 
 def padlock(ax, x, y, colour, size=1):
     ax.add_patch(Rectangle((x - 4 * size, y - 5 * size), 8 * size, 6 * size, color=colour, lw=0))
-    ax.add_patch(Arc((x, y + size), 5.5 * size, 8 * size, theta1=0, theta2=180, color=colour, lw=1.3 * size))
+    ax.add_patch(Arc((x, y + size), 5.5 * size, 8 * size, theta2=180, color=colour, lw=1.3 * size))
 
 
 def block(ax, x, y, width, height, trained, text='', adapter=False):
-    """A block: warm while it trains, else cool and locked; with an adapter, a thin warm strip stands beside it."""
-    box(ax, x, y, width - 16 * adapter, height, TRAINED if trained else FROZEN, text)
-    if not trained:
-        padlock(ax, x + width - 16 * adapter - 12, y + height / 2, FROZEN[2])
+    """A block: warm while it trains, else cool and locked; an adapter is a thin warm strip beside it."""
     if adapter:
         ax.add_patch(Rectangle((x + width - 11, y), 9, height, fc=TRAINED[0], ec=TRAINED[1], lw=1))
+        width -= 16
+    box(ax, x, y, width, height, TRAINED if trained else FROZEN, text)
+    if not trained:
+        padlock(ax, x + width - 12, y + height / 2, FROZEN[2])
 
 
 def arrow(ax, start, end):
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=9, lw=1.3, color=GREY, shrinkA=0, shrinkB=0))
+    style = dict(arrowstyle='-|>', mutation_scale=9, lw=1.3, color=GREY, shrinkA=0, shrinkB=0)
+    ax.add_patch(FancyArrowPatch(start, end, **style))
 
 
 def tokens(ax, x, text):
@@ -83,17 +93,21 @@ def tokens(ax, x, text):
     for k, character in enumerate(text):
         left, bottom = x + 32 * (k - len(text) / 2), FLOOR - 44
         picture = glyphs()[ord(character)].reshape(32, 32)
-        ax.imshow(picture, extent=(left, left + 32, bottom, bottom + 32), cmap='gray_r', interpolation='nearest', zorder=3)
+        extent = left, left + 32, bottom, bottom + 32
+        ax.imshow(picture, extent=extent, cmap='gray_r', interpolation='nearest', zorder=3)
         ax.add_patch(Rectangle((left, bottom), 32, 32, fill=False, ec=INTERFACE[1], lw=0.8, zorder=4))
 
 
 def column(ax, x, width, row, largest):
-    """A phase, from a row of the ledger: what it does, the model from its tokens up to its head, and its active and total parameters."""
+    """A phase, from a row of the ledger: what it does, the model from its tokens up to its head, and its
+    active and total parameters."""
     middle, n = x + width / 2, row['layers']
     if row['rank']:
         title, what = 'LoRA phase', f'adapt all {n} blocks\n(rank {row["rank"]}), then merge'
     else:
-        title, what = f'stage {row["stage"]}', f'freeze, append {row["trained"]},\ntrain them' if row['frozen'] else f'train {row["trained"]} blocks'
+        title, what = f'stage {row["stage"]}', f'train {row["trained"]} blocks'
+        if row['frozen']:
+            what = f'freeze, append {row["trained"]},\ntrain them'
     say(ax, middle, 548, title, 11, weight='bold')
     say(ax, middle, 533, what, colour=GREY, va='top')
     box(ax, x, FLOOR + n * STEP, width, HEAD, TRAINED, 'final LayerNorm\nand LM head')
@@ -108,10 +122,11 @@ def column(ax, x, width, row, largest):
 
 
 def composition(ax, x, width):
-    """Two models that were trained apart on the same interface: together they predict by the mean of their logits."""
+    """Two models trained apart on the same interface: together they predict by the mean of their logits."""
     middle = x + width + 8
     say(ax, middle, 548, 'composition', 11, weight='bold')
-    say(ax, middle, 533, 'models trained apart fit together:\nthey share the interface', colour=GREY, va='top')
+    note = 'models trained apart fit together:\nthey share the interface'
+    say(ax, middle, 533, note, colour=GREY, va='top')
     box(ax, middle - 70, FLOOR + 270, 140, HEAD, PLAIN, 'mean of the logits')
     for left, language in ((x, 'Russian'), (x + width + 16, 'Chinese')):
         centre = left + width / 2
@@ -125,14 +140,16 @@ def composition(ax, x, width):
 
 
 def idea():
-    """Growth on the left, composition on the right, on one interface. All numbers come from the ledger of the paper's model."""
+    """Growth on the left, composition on the right, on one interface. All numbers come from the ledger of the
+    paper's model."""
     c = grow.Config(**grow.PRESETS['gpu'], lora='interleaved', lora_stages='2')
     rows = grow.ledger(c)
     figure = plt.figure(figsize=(9, 5.66))
     ax = figure.add_axes((0, 0, 1, 1))
     box(ax, 8, FLOOR - 76, 884, 68, INTERFACE)
     padlock(ax, 36, FLOOR - 28, INTERFACE[2], 2)
-    say(ax, 450, FLOOR - 61, 'the frozen token interface: a token enters as its picture, and nothing here is ever trained', 9, INTERFACE[2])
+    note = 'the frozen token interface: a token enters as its picture, and nothing here is ever trained'
+    say(ax, 450, FLOOR - 61, note, 9, INTERFACE[2])
     for k, row in enumerate(rows):
         column(ax, 66 + 146 * k, 130, row, max(r['total'] for r in rows))
         if k:
@@ -146,30 +163,35 @@ def idea():
         say(ax, 114, y + 9, kind, ha='left')
     say(ax, 10, 57, 'active', 10, '#b85a12', ha='left', weight='bold')
     say(ax, 10, 38, 'total', 10, FROZEN[2], ha='left')
-    note = f'parameters at width {c.d_model:,}; the total counts the frozen interface too, and the LoRA adapters while they exist'
-    say(ax, 10, 14, note, 8.5, GREY, ha='left')
+    note = 'the total counts the frozen interface too, and the LoRA adapters while they exist'
+    say(ax, 10, 14, f'parameters at width {c.d_model:,}; {note}', 8.5, GREY, ha='left')
     ax.set(xlim=(0, 900), ylim=(0, 566), aspect='auto')
     ax.axis('off')
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # loss: what runs have logged
 
-LANE, STRIP = 0.064, 0.042                            # a run's lane above the axes and the strip in it, in heights of the axes
+# a run's lane above the axes and the strip in it, in heights of the axes
+LANE, STRIP = 0.064, 0.042
 
 
 def read_run(folder):
-    """RUN/log.csv -> its phases in order: kind ('grow', 'lora', 'tune'), stage, start and end in tokens, train and val [(tokens, loss)]."""
+    """RUN/log.csv -> its phases in order: kind ('grow', 'lora'), stage, start and end in tokens, and the
+    losses train and val [(tokens, loss)]."""
     path, phases, start = Path(folder) / 'log.csv', [], 0
     try:
         with open(path, newline='') as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]          # the last line of a live run may be half written
+            # the last line of a live run may be half written
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]
         for (kind, stage), part in itertools.groupby(rows, key=lambda row: (row['phase'], row['stage'])):
             part = list(part)
-            train, val = ([(int(row['tokens']), float(row[name])) for row in part if row[name]] for name in ('train_loss', 'val_loss'))
-            phases.append(SimpleNamespace(kind=kind, stage=stage, start=start, end=int(part[-1]['tokens']), train=train, val=val))
-            start = phases[-1].end
+            train, val = ([(int(row['tokens']), float(row[name])) for row in part if row[name]]
+                          for name in ('train_loss', 'val_loss'))
+            end = int(part[-1]['tokens'])
+            phases.append(SimpleNamespace(kind=kind, stage=stage, start=start, end=end, train=train, val=val))
+            start = end
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f'cannot read {path} ({error}): name folders of runs of grow.py') from None
     if not phases:
@@ -184,14 +206,17 @@ def smooth(values, width):
 
 
 def lane(ax, phases, bottom, colour, longest):
-    """A run's phases as a strip above the axes: the val loss after each, and marks for what happened between them."""
-    place = dict(transform=ax.get_xaxis_transform(), clip_on=False)       # x in tokens, y in heights of the axes
+    """A run's phases as a strip above the axes: the val loss after each, and marks for what came between."""
+    # x in tokens, y in heights of the axes
+    place = dict(transform=ax.get_xaxis_transform(), clip_on=False)
     for before, p in zip([None, *phases], phases):
         width = p.end - p.start
-        ax.add_patch(Rectangle((p.start, bottom), width, STRIP, fc=colour, ec='white', lw=1, alpha=0.2 if p.kind == 'lora' else 0.45, **place))
-        name = dict(grow=f'stage {p.stage}', lora='LoRA').get(p.kind, p.kind)
-        result = ''.join(f'{loss:.3f}' for _, loss in p.val)              # empty while the phase goes on
-        text = f'{name}   {result}' if width > 0.14 * longest else result if width > 0.045 * longest else ''       # what there is room for
+        look = dict(fc=colour, ec='white', lw=1, alpha=0.2 if p.kind == 'lora' else 0.45)
+        ax.add_patch(Rectangle((p.start, bottom), width, STRIP, **look, **place))
+        # empty while the phase goes on, or where there is no room
+        text = ''.join(f'{loss:.3f}' for _, loss in p.val) if width > 0.045 * longest else ''
+        if width > 0.14 * longest:
+            text = ('LoRA' if p.kind == 'lora' else f'stage {p.stage}') + f'   {text}'
         say(ax, p.start + width / 2, bottom + STRIP * 0.47, text, 8.5, **place)
         if p.kind == 'grow' and before:
             ax.axvline(p.start, color=colour, lw=0.8, ls='--', alpha=0.5, zorder=0)
@@ -201,7 +226,8 @@ def lane(ax, phases, bottom, colour, longest):
 
 
 def loss(folders):
-    """Train loss over tokens, smoothed within each phase (thin: as logged). Dots are the val losses after the phases; their numbers are above."""
+    """Train loss over tokens, smoothed within each phase (thin: as logged). Dots are the val losses after the
+    phases; their numbers are above."""
     runs = [read_run(folder) for folder in folders]
     longest = max(phases[-1].end for phases in runs)
     figure, ax = plt.subplots(figsize=(9, 5), layout='constrained')
@@ -214,7 +240,7 @@ def loss(folders):
             ax.plot(x, y, color=colour, lw=0.7, alpha=0.3)
             ax.plot(x, smooth(y, width), color=colour, lw=1.8)
             ax.plot(*np.array(p.val).reshape(-1, 2).T, 'o', color=colour, mec='white', ms=8, zorder=4)
-    for marker, meaning in (('o', 'val loss (in digits: above)'), ('^', 'blocks appended'), ('v', 'LoRA merged')):
+    for marker, meaning in zip('o^v', ('val loss (in digits: above)', 'blocks appended', 'LoRA merged')):
         ax.plot([], [], marker, color=GREY, label=meaning)
     ax.set(xlim=(0, 1.02 * longest), xlabel='training tokens', ylabel='loss, nats a token')
     ax.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
@@ -224,23 +250,84 @@ def loss(folders):
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
+# show: the tokens of a text, and what a model of some width sees of them
+
+def what_is_left(ids, d_model):
+    """-> (what rows of the unicode table still tell of their pictures, (len(ids), 1024) of about 0 to 1; the
+    share of each picture's variance that this is, (len(ids),)). A row is a direction among pictures; how far
+    to go in it, the length it lost, is taken from the picture."""
+    mean, axes = principal_components()
+    directions = unicode_table(d_model)[ids, :axes.shape[1]] @ axes[:, :d_model].T            # n, 1024
+    away = glyphs()[ids] - mean
+    along = (away * directions).sum(1)
+    return mean + along[:, None] * directions, along ** 2 / (away ** 2).sum(1)
+
+
+def show(text, d_model):
+    """A PIL image with a row a token: its text and id, its picture as the table is made of it, what is left
+    of that, and its d_model numbers."""
+    ids = tokenizer().encode_ordinary(text)
+    if not 1 <= len(ids) <= 400 or d_model < 1:
+        raise UserError(f'show takes 1 to 400 tokens, not {len(ids):,}, and a positive --d_model', status=2)
+    bits, texts, font = glyphs().reshape(VOCAB, CELL, CELL), token_texts(), ImageFont.load_default(14)
+    left, share = what_is_left(ids, d_model)
+    # 1 is three standard deviations
+    numbers = unicode_table(d_model)[ids] * d_model ** 0.5 / 3
+    # red, green and blue: n, d_model, 3
+    heat = np.stack([1 + numbers.clip(max=0), 1 - abs(numbers), 1 - numbers.clip(min=0)], axis=-1)
+    image = Image.new('RGB', (1066, 60 + 104 * len(ids)), 'white')
+    pen = ImageDraw.Draw(image)
+
+    def paste(x, y, colours, width, height):
+        """Colours: rows, columns and perhaps 3, of 0 to 1."""
+        part = Image.fromarray((255 * colours.clip(0, 1)).astype(np.uint8))
+        image.paste(part.resize((width, height), Image.Resampling.BOX), (x, y))
+        pen.rectangle((x - 1, y - 1, x + width, y + height), outline='#b8c4d0')
+
+    for x, caption in ((10, 'token'), (150, 'id'), (250, f'its picture,\n{CELL} x {CELL} bits'),
+                       (370, f'what is left of it with\n{d_model:,} numbers'),
+                       (542, 'these numbers, most telling first:\nred above zero, blue below')):
+        pen.text((x, 12), caption, 'black', font)
+    for y, i, picture, kept, strip in zip(range(56, image.height, 104), ids, left, share, heat):
+        label = readable(texts[i])
+        width, height = min(32 * len(label), 128), 32 if len(label) < 5 else 20
+        paste(10, y + 32, 1.0 - np.hstack([bits[ord(c)] for c in label]), width, height)
+        pen.text((150, y + 32), f'{i:,}\n0x{i:04X}', 'black', font)
+        paste(250, y, 1.0 - bits[i], 96, 96)
+        paste(370, y, 1.0 - picture.reshape(CELL, CELL), 96, 96)
+        pen.text((474, y + 32), f'{kept:.1%} of\nvariance', 'black', font)
+        paste(542, y, strip[None], 512, 96)
+    return image
+
+
+# --------------------------------------------------------------------------------------------------------
 
 @cli
 def main(argv=None):
-    parser = Parser(description='Draws the pictures of this project.')
-    parser.add_argument('name', choices=('idea', 'loss'), help='which picture')
-    parser.add_argument('runs', nargs='*', metavar='RUN', help='folders of runs, for loss')
-    parser.add_argument('--out', type=Path, help='PNG file to write (default: results/idea.png, or loss.png in the first RUN)')
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('name', choices=('idea', 'loss', 'show'), help='which picture')
+    parser.add_argument('words', nargs='*', metavar='RUN|TEXT', help='runs, for loss; a text, for show')
+    parser.add_argument('--out', type=Path, help='PNG file to write')
+    parser.add_argument('--d_model', type=int, default=256, help='for show: numbers a token (%(default)s)')
     args = parser.parse_args(argv)
-    if plt is None:
+    fits = dict(idea=len(args.words) == 0, loss=len(args.words) > 0, show=len(args.words) == 1)
+    if not fits[args.name]:
+        parser.error('give folders of runs to loss, a text in quotes to show, and nothing to idea')
+    if plt is None and args.name != 'show':
         raise UserError('the pictures need matplotlib: pip install matplotlib')
-    if bool(args.runs) != (args.name == 'loss'):
-        parser.error('give folders of runs to loss, and to nothing else')
-    out = args.out or Path(*args.runs[:1] or [HERE]) / f'{args.name}.png'
-    figure = loss(args.runs) if args.runs else idea()
+    if args.name == 'idea':
+        out, picture = HERE / 'idea.png', idea()
+    elif args.name == 'loss':
+        out, picture = Path(args.words[0]) / 'loss.png', loss(args.words)
+    else:
+        out, picture = Path('show.png'), show(args.words[0], args.d_model)
+    out = args.out or out
     with replacing(out) as beside:
-        figure.savefig(beside, format='png', dpi=200)
+        if args.name == 'show':
+            picture.save(beside, 'PNG')
+        else:
+            picture.savefig(beside, format='png', dpi=200)
     print(f'wrote {out}')
 
 
