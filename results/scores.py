@@ -1,4 +1,4 @@
-"""Scores of runs on MMLU and the other tasks: by depth (the paper's figures 5 and 6), and of experts and merges.
+"""Scores of runs on MMLU and other tasks: by depth (the paper's figures 5 and 6), and of experts and merges.
 
     python results/scores.py out/grown out/monolithic      # every stage of each run, all tasks
     python results/scores.py out/ru/latest.pt out/zh/latest.pt out/ru+out/zh       # one checkpoint; a merge
@@ -10,7 +10,6 @@ Writes results/scores.csv, .txt (the same as a table) and .png, or others by --o
 import argparse
 import contextlib
 import importlib.util
-import io
 import json
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ import grow
 import pictures
 from substrate import Parser, UserError, cli, replacing
 
-# the score of a task that is drawn
+# the score that is drawn
 MAIN = dict.fromkeys(eval_mmlu.TASKS, 'likelihood') | dict(squad='hit')
 
 def scored(model, task, data):
@@ -32,12 +31,11 @@ def scored(model, task, data):
     stages = len(outs) == 1 and Path(model).is_dir()
     for paths, target in eval_mmlu.targets(outs, task, stages):
         found = json.loads(target.read_text(encoding='utf-8')) if target.exists() else {}
-        newest = max(path.stat().st_mtime for path in paths)
-        if not found or found['settings']['shots'] or target.stat().st_mtime <= newest:
+        old = target.exists() and target.stat().st_mtime <= max(path.stat().st_mtime for path in paths)
+        if not found or found['settings']['shots'] or old:
             eval_mmlu.main([*map(str, paths), '--task', task, *(['--data', data] if data else [])])
             found = json.loads(target.read_text(encoding='utf-8'))
-        summary = found['summary']
-        total = eval_mmlu.cells(summary['total'])
+        summary, total = found['summary'], eval_mmlu.cells(found['summary']['total'])
         whole = eval_mmlu.cells(summary['groups'].get('whole prompts', {}))
         names = ['likelihood', 'letter', 'hit', 'exact_match', 'f1', 'chance', 'cut']
         short = '+'.join(path.parent.name for path in paths)
@@ -45,7 +43,7 @@ def scored(model, task, data):
                    **{name: total.get(name, '') for name in names}, whole=whole.get(MAIN[task], ''))
 
 def plot(rows, target):
-    """A panel a task: score over depth with one standard error; several depths are joined, chance is dashed."""
+    """A panel a task: score over depth with one standard error; chance is dashed."""
     import matplotlib
     matplotlib.use('Agg')                              # draws into files, needs no screen
     import matplotlib.pyplot as plt
@@ -55,8 +53,8 @@ def plot(rows, target):
         for k, name in enumerate(names):
             own = [row for row in rows if (row['task'], row['model']) == (task, name)]
             score, error = zip(*(map(float, row[MAIN[task]].split(' ± ')) for row in own))
-            shift = 0.12 * (k - (len(names) - 1) / 2)  # so that bars do not hide each other
-            depths = [row['layers'] + shift for row in own]
+            # shifted, so that bars do not hide each other
+            depths = [row['layers'] + 0.12 * (k - (len(names) - 1) / 2) for row in own]
             axis.errorbar(depths, score, error, marker='o', ms=4, lw=1.2, capsize=2, label=name)
         if own[0]['chance']:
             chance = float(own[0]['chance'].split(' ± ')[0])
@@ -73,22 +71,20 @@ def plot(rows, target):
 @cli
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add('models', nargs='+', metavar='MODEL', help='run (all its stages), checkpoint, or several joined by +')
-    add('--data', metavar='DIR', help='as in eval_mmlu.py')
-    add('--out', metavar='PATH', type=Path, default=HERE / 'scores', help='of table and picture')
-    add('--tasks', nargs='+', choices=list(MAIN), default=list(MAIN), help='(all)')
+    parser.add_argument('models', nargs='+', metavar='MODEL', help='run, checkpoint, or several joined by +')
+    parser.add_argument('--data', metavar='DIR', help='as in eval_mmlu.py')
+    parser.add_argument('--out', metavar='PATH', type=Path, default=HERE / 'scores', help='(results/scores)')
+    parser.add_argument('--tasks', nargs='+', choices=MAIN, default=MAIN, help='(all)')
     a = parser.parse_intermixed_args(argv)
     if not importlib.util.find_spec('matplotlib'):
         raise UserError('the picture needs matplotlib: pip install matplotlib')
     rows = [row for task in a.tasks for model in a.models for row in scored(model, task, a.data)]
     pictures.write_csv(a.out.with_suffix('.csv'), rows)
-    with contextlib.redirect_stdout(io.StringIO()) as table:
-        grow.table(rows)
-    with replacing(a.out.with_suffix('.txt')) as path:
-        path.write_text(table.getvalue(), encoding='utf-8')
+    with replacing(a.out.with_suffix('.txt')) as path, open(path, 'w', encoding='utf-8') as file:
+        with contextlib.redirect_stdout(file):
+            grow.table(rows)
     plot(rows, a.out.with_suffix('.png'))
-    print(table.getvalue())
+    grow.table(rows)
 
 if __name__ == '__main__':
     main()
