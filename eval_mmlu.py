@@ -47,10 +47,10 @@ def reading(name, reader=None):
 def read_files(where, pattern):
     """{path: bytes} of what fits in a folder, .tar or .zip, or of one file; without byte-order marks."""
     def wanted(path):
-        return path.match(pattern) or path.match('dev/[!.]*_dev.csv')
+        return path.match(pattern) or path.match('dev/*_dev.csv')
     with reading(where):
         if where.suffix == '.tar':
-            with tarfile.open(where) as tar:
+            with tarfile.open(where, 'r:') as tar:
                 files = {Path(m.name): tar.extractfile(m).read() for m in tar if wanted(Path(m.name))}
         elif where.suffix == '.zip':
             with zipfile.ZipFile(where) as archive:
@@ -227,7 +227,8 @@ def targets(outs, task, all_stages=False, limit=None):
 
 @cli
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('out', nargs='+', metavar='OUT', help='folder of a run, or a checkpoint in it; several are experts')
     add('--task', choices=TASKS, default='mmlu', help='(%(default)s)')
