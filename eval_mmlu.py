@@ -26,7 +26,7 @@ import torch
 
 import grow
 from prepare_data import download, progress
-from substrate import EOS, Parser, UserError, cli, digest, replacing, sha256_of, tokenizer
+from substrate import EOS, Parser, UserError, cli, digest, replacing, sha256_of, table, tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
 # Questions. Tasks and prompts are the paper's (section 4). Archives are read where they lie, never unpacked
@@ -247,12 +247,11 @@ def main(argv=None):
     print(f'{a.task}, {a.shots}-shot: {n:,} questions, {len({q.subject for q in questions})} subject(s)')
     if a.task == 'mmlu' and len(every) != MMLU_QUESTIONS:
         print(f'note: MMLU has {MMLU_QUESTIONS:,} questions and {len(every):,} were found: not comparable')
-    c, _ = grow.configure(['--device', a.device, '--dtype', a.dtype, '--no-compile'])
+    c = grow.Config(device=a.device, dtype=a.dtype, compile=False)
     amp, depths = grow.set_up(c), []
     score = score_open if a.task == 'squad' else score_choice
     for paths, target in jobs:
-        c.moe = paths
-        model = grow.merge_experts(c) if len(paths) > 1 else grow.load_model(paths[0], c.device)
+        model = grow.merge_experts(paths, c.device) if len(paths) > 1 else grow.load_model(paths[0], c.device)
         asked = progress(questions, target.stem, lambda q: 1, 'questions', total=n)
         rows = [dict(subject=q.subject, index=q.index, **score(model, q, amp)) for q in asked]
         summary = dict(summarise(rows), layers=len(model.blocks), context=model.config.context)
@@ -261,11 +260,11 @@ def main(argv=None):
         with replacing(target) as path:
             path.write_text(json.dumps(dict(settings=settings, summary=summary, rows=rows)), encoding='utf-8')
         groups = sorted(summary['groups'].items(), key=lambda item: item[1]['n'])
-        grow.table([dict(of=name, **cells(figures)) for name, figures in groups])
+        table([dict(of=name, **cells(figures)) for name, figures in groups])
         print('macro average:', ', '.join(f'{name} {100 * x:.2f}' for name, x in summary['macro'].items()))
         depths.append(dict(rows_in=str(target), layers=summary['layers'], **cells(summary['total'])))
     print('\nmicro averages in percent, with standard errors; cut: prompts longer than the context')
-    grow.table(depths)
+    table(depths)
 
 if __name__ == '__main__':
     main()

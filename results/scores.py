@@ -18,9 +18,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import eval_mmlu
-import grow
 import pictures
-from substrate import Parser, UserError, cli, replacing
+from substrate import Parser, UserError, cli, replacing, table
 
 # the score that is drawn
 MAIN = dict.fromkeys(eval_mmlu.TASKS, 'likelihood') | dict(squad='hit')
@@ -82,9 +81,9 @@ def main(argv=None):
     pictures.write_csv(a.out.with_suffix('.csv'), rows)
     with replacing(a.out.with_suffix('.txt')) as path, open(path, 'w', encoding='utf-8') as file:
         with contextlib.redirect_stdout(file):
-            grow.table(rows)
+            table(rows)
     plot(rows, a.out.with_suffix('.png'))
-    grow.table(rows)
+    table(rows)
 
 if __name__ == '__main__':
     main()
