@@ -236,7 +236,7 @@ def main(argv=None):
     add('--data', metavar='DIR', help='folder with the files of the task (default: data/, downloaded once)')
     add('--all_stages', action='store_true', help='score every stage_K.pt of the run')
     add('--limit', type=int, help='score only so many questions, evenly spread over all')
-    add('--device', default='auto', choices=['auto', 'cpu', 'cuda', 'mps'])
+    add('--device', default=grow.Config.device, choices=['cpu', 'cuda', 'mps'], help='(%(default)s)')
     add('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16'], help='of matrix products')
     a = parser.parse_intermixed_args(argv)
     if a.shots < 0 or a.limit is not None and a.limit < 1 or a.all_stages and len(a.out) > 1:
