@@ -28,6 +28,7 @@ import zipfile
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -408,8 +409,10 @@ def train(model, batches, state, c, amp, moments=None):
     """The main job: grows a model, phase by phase, from where `state` stands. The state is all that a run
     has but weights and optimiser: its place, history and log. `moments`: of the optimiser, in mid-phase."""
     plan, saved, stop = phases(c), time.monotonic(), []
-    if WORLD == 1:                                    # torchrun has its own way to end its processes
-        signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    if WORLD == 1:
+        # Ctrl-C waits for the end of a step, a second one does not. torchrun ends its processes in its own way.
+        signal.signal(signal.SIGINT, lambda *_: stop.append(
+            signal.signal(signal.SIGINT, signal.default_int_handler)))
     while state['phase'] < len(plan):
         # Enter the phase: new blocks on top, what trains, and an optimiser over exactly that.
         phase = plan[state['phase']]
@@ -417,7 +420,7 @@ def train(model, batches, state, c, amp, moments=None):
         if c.compile:
             compile_model(model)
         # This is blind to blocks appended later, so it too is made anew.
-        parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+        ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
         optimizer = make_optimizer(model, c, later=state['phase'] > 0)
         if state['step']:
             optimizer.load_state_dict(moments)
@@ -430,7 +433,7 @@ def train(model, batches, state, c, amp, moments=None):
         while state['step'] < phase.steps:
             clock = time.monotonic()
             set_rates(optimizer, c, state['step'], phase.steps)
-            loss, norm = train_step(parallel, optimizer, batches, state['global_step'], c, amp)
+            loss, norm = train_step(ddp, optimizer, batches, state['global_step'], c, amp)
             state['step'] += 1
             state['global_step'] += 1
             state['seconds'] += time.monotonic() - clock
@@ -445,7 +448,7 @@ def train(model, batches, state, c, amp, moments=None):
                 save('latest.pt', c, model, state, optimizer)
                 saved = time.monotonic()
             if stop:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f'stopped: go on with --resume --out {c.out}')
 
         # Keep its result: adapters are merged, and the model of the stage is saved.
         val = validate(model, batches, c, amp)
@@ -460,6 +463,7 @@ def train(model, batches, state, c, amp, moments=None):
         state.update(phase=state['phase'] + 1, step=0)
         save(f'stage_{phase.stage}.pt', c, model, state)
         save('latest.pt', c, model, state)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def train_step(model, optimizer, batches, step, c, amp):
     """One optimiser step on global batch number `step`, of which each process takes its share of the rows; ->
@@ -521,8 +525,7 @@ def in_units(loss, dataset):
 def validate(model, batches, c, amp):
     """The three units, averaged over the data sets by weight, and the loss of each if there are several."""
     each = [in_units(evaluate(model, d, c, amp), d) for d in batches.datasets]
-    shares = [weight / sum(batches.weights) for weight in batches.weights]
-    val = {unit: sum(share * e[unit] for share, e in zip(shares, each)) for unit in each[0]}
+    val = {unit: float(np.average([e[unit] for e in each], weights=batches.weights)) for unit in each[0]}
     if len(each) > 1:
         val |= {f'val_{d.name}': e['val_loss'] for d, e in zip(batches.datasets, each)}
     return val
@@ -559,15 +562,14 @@ def sample(model, text, c, amp):
 def make_optimizer(model, c, later=False):
     """AdamW over exactly what trains, a fresh one for every phase: no stale momentum moves what is frozen."""
     lr, head_lr = (c.lr_later, c.head_lr_later) if later else (c.lr, c.head_lr)
-    matrices, adapters, head, vectors = groups = [
-        dict(params=[], peak=lr, weight_decay=c.weight_decay), dict(params=[], peak=c.lora_lr),
-        dict(params=[], peak=head_lr), dict(params=[], peak=lr)]
+    matrices, vectors = dict(params=[], peak=lr, weight_decay=c.weight_decay), dict(params=[], peak=lr)
+    adapters, head = dict(params=[], peak=c.lora_lr), dict(params=[], peak=head_lr)
     for name, p in model.named_parameters():
+        group = matrices if name.startswith('blocks') and p.dim() == 2 else vectors
+        group = adapters if name.endswith(('.A', '.B')) else head if name.startswith('head') else group
         if p.requires_grad:
-            group = matrices if name.startswith('blocks') and p.dim() == 2 else vectors
-            group = adapters if name.endswith(('.A', '.B')) else head if name.startswith('head') else group
             group['params'].append(p)
-    groups = [group for group in groups if group['params']]
+    groups = [group for group in (matrices, adapters, head, vectors) if group['params']]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 def set_rates(optimizer, c, step, steps):
@@ -581,6 +583,7 @@ def set_rates(optimizer, c, step, steps):
 # torchrun numbers its processes in the environment. Each has the whole model and takes its share of the rows
 # of every batch; the first one speaks and writes.
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
 
 def say(text):
     """Prints, in the first process alone."""
@@ -596,31 +599,30 @@ def over_processes(number):
 
 def set_up(c):
     """Chooses precision and compilation in c and prints them; -> the context of mixed precision."""
-    local = int(os.environ.get('LOCAL_RANK', 0))
-    there = dict(cpu=True, cuda=torch.cuda.device_count() > local, mps=torch.backends.mps.is_available())
-    if not there[c.device]:
+    try:
+        torch.ones(1, device=f'{c.device}:{LOCAL_RANK}')
+    except (AssertionError, RuntimeError):
         raise UserError(f'this machine or this torch has no {c.device} for every process: give --device cpu')
     if c.device == 'cuda':
-        torch.cuda.set_device(local)
-        # torch prefers cuDNN's attention to flash on Hopper, and its gradients differ from run to run.
+        torch.cuda.set_device(LOCAL_RANK)
+        # The same losses again: torch prefers cuDNN's attention to flash, and its gradients differ by run.
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.set_float32_matmul_precision('high')        # TF32 on CUDA for what stays float32
     if c.dtype == 'auto':
         # Where it is only emulated, bfloat16 is slower than float32.
         has = torch.cpu.get_capabilities() if c.device == 'cpu' else {}
         native = (c.device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
                   or any(has.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16')))
         c.dtype = 'bfloat16' if native else 'float32'
-    # The same losses again, on one device; and TF32 on CUDA for what stays float32.
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(c.device == 'cuda')
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.set_float32_matmul_precision('high')
     if c.compile:
         try:
             torch.compile(torch.neg)(torch.ones(8, device=c.device))
         except Exception as error:
             c.compile = False
-            say(f'no compiler works here, so training is slower: {str(error).strip().splitlines()[0]}')
+            say(f'no compiler works here, so it is slower: {str(error).strip().partition(chr(10))[0]}')
     name = torch.cuda.get_device_name() if c.device == 'cuda' else f'{torch.get_num_threads()} threads'
     how = 'compiled' if c.compile else 'eager'
     say(f'device {WORLD} x {c.device} ({name}), {c.dtype}, {how}, torch {torch.__version__}')
@@ -690,26 +692,12 @@ def newest_out():
         raise UserError('there is no run in out/ yet: train one by `python grow.py`, or name one by --out')
     return str(newest.parent)
 
-def resumed(c, given):
-    """The run in --out -> (its config, with what the flags change, and its checkpoint). --layers and --data
-    are for stages to come: raises UserError where they would change what has begun."""
-    out = c.out or newest_out()
-    ckpt = load(out)
-    old, state = Config(**ckpt['config']), ckpt['state']
-    new = dataclasses.replace(old, **{name: getattr(c, name) for name in given} | dict(out=out))
-    begun = state['phase'] + (state['step'] > 0)
-    if phases(new)[:begun] != phases(old)[:begun] or new.data != old.data and state['step']:
-        raise UserError(f'{out} cannot go on with --layers {new.layers} --data {" ".join(new.data)}: stages '
-                        'that have begun stay as they are, and other data come in between two of them')
-    if new.data != old.data:
-        del state['data']
-    return new, ckpt
-
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
 CHOICES = dict(birth=('identity', 'stack'), lora=('none', 'interleaved', 'last'),
                device=('cpu', 'cuda', 'mps'), dtype=('auto', 'float32', 'bfloat16'))
+PROMPT = 'The default value is'
 MAY_BE_ZERO = 'seed', 'warmup', 'weight_decay', 'save_every'
 # What may stand beside the flag that names a job; --plan and training itself take all else.
 JOBS = dict(resume='out layers data micro_batch save_every device dtype compile',
@@ -741,28 +729,38 @@ def configure(argv):
     for name, value in vars(c).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
             parser.error(f'--{name} {value}: give a finite number above zero')
-    for holds, message in (
-            (c.d_model % (2 * c.heads) == 0, '--d_model must be an even multiple of --heads'),
-            (not c.monolithic or c.lora == 'none', '--monolithic has no frozen blocks: leave out --lora'),
-            (len(c.moe) != 1, '--moe takes two experts or more'),
-            (WORLD == 1 or not {'plan', 'sample', 'moe'} & given.keys(), 'torchrun is for training alone')):
-        if not holds:
-            parser.error(message)
+    if c.d_model % (2 * c.heads):
+        parser.error(f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}')
     with torch.device('meta'):
         Substrate(c.substrate, c.d_model)             # refuses a wrong name or width
     c.batch_tokens = max(WORLD, c.batch_tokens // c.context) * c.context
     return c, given
 
+def resumed(c, given):
+    """The run in --out -> (its config, with what the flags change, and its checkpoint). --layers and --data
+    are for stages to come: raises UserError where they would change what has begun."""
+    out = c.out or newest_out()
+    ckpt = load(out)
+    old, state = Config(**ckpt['config']), ckpt['state']
+    new = dataclasses.replace(old, **{name: getattr(c, name) for name in given} | dict(out=out))
+    begun = state['phase'] + (state['step'] > 0)
+    if phases(new)[:begun] != phases(old)[:begun] or new.data != old.data and state['step']:
+        raise UserError(f'{out} cannot go on with --layers {new.layers} --data {" ".join(new.data)}: stages '
+                        'that have begun stay as they are, and other data come in between two of them')
+    if new.data != old.data:
+        del state['data']
+    return new, ckpt
+
 def run(c, given):
     """Trains, or goes on training, and prints the stages, baselines that only count, and a sample."""
-    ckpt = None
-    if c.resume:
-        c, ckpt = resumed(c, given)
+    c, ckpt = resumed(c, given) if c.resume else (c, None)
     c.out = c.out or f'out/{1 + max([int(p.name) for p in Path("out").glob("[0-9]*")], default=0):03d}'
     if not ckpt and any(Path(c.out).glob('*.pt')):
         raise UserError(f'{c.out} holds a run already: go on by --resume, or choose another --out')
     if WORLD > 1:
-        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+        if 'MASTER_ADDR' not in os.environ:
+            raise UserError('WORLD_SIZE in the environment is not set by torchrun: unset it')
+        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if c.device == 'cuda' else 'gloo')
     amp = set_up(c)
     for rank in range(WORLD):                         # one after another: the first may have data to prepare
         if rank == RANK:
@@ -777,6 +775,8 @@ def run(c, given):
         say(f'note: it began on {state["machine"]}, this is {machine}: it goes on, but not to the same bits')
     Path(c.out).mkdir(parents=True, exist_ok=True)
     with prepare_data.locked(Path(c.out) / f'.lock{RANK}', f'writing to {c.out}'):
+        for left in Path(c.out).glob('.*.tmp'):       # half-written when a run was killed
+            left.unlink(missing_ok=True)
         say(f'checkpoints and log go to {c.out}')
         model = (restore(ckpt, c) if ckpt else new_model(c, batches)).to(c.device)
         if not ckpt:
@@ -786,9 +786,8 @@ def run(c, given):
         torch.distributed.destroy_process_group()
     if RANK == 0:
         table(state['history'])
-        compare(dict(model=model), batches.datasets, c, amp)
-        prompt = 'The default value is'
-        print(f'--- sample\n{prompt}{sample(model, prompt, c, amp)}')
+        compare({}, batches.datasets, c, amp)
+        print(f'\n--- sample\n{PROMPT}{sample(model, PROMPT, c, amp)}')
         print(f'\nsaved; continue any text by: python grow.py --out {c.out} --sample "The default value"')
 
 @cli
@@ -807,7 +806,12 @@ def main(argv=None):
         models |= {path: load_model(path, c.device) for path in c.moe}
         compare(models, prepare_data.open_batches(c.data, c.seed, 1, c.context).datasets, c, amp)
     else:
-        run(c, given)
+        try:
+            run(c, given)
+        except RuntimeError as error:
+            if 'memory' not in str(error) and 'ALLOC' not in str(error):
+                raise
+            raise UserError('out of memory: start again, or --resume, with a smaller --micro_batch') from None
 
 if __name__ == '__main__':
     main()

@@ -222,8 +222,8 @@ def cli(main):
             sys.exit(141)
         except (UserError, OSError) as error:                     # OSError: disk full, no permission, ...
             message, status = f'error: {error}', getattr(error, 'status', 1)
-        except KeyboardInterrupt:
-            message, status = 'interrupted', 130
+        except KeyboardInterrupt as error:
+            message, status = str(error) or 'interrupted', 130
         print(message, file=sys.stderr)
         sys.exit(status)
     return run
