@@ -378,7 +378,7 @@ class MixtureOfExperts(nn.Module):
         self.experts, self.slices = nn.ModuleList(experts), experts[0].slices
         self.blocks = [block for e in experts for block in e.blocks]
         for e in experts:
-            e.head, e.interface = None, experts[0].interface
+            e.head, e.interface.table = None, experts[0].interface.table
 
     def hidden(self, idx):
         """idx (B, T) -> B, T, sum of the experts' widths."""
@@ -410,7 +410,7 @@ def train(model, batches, state, c, amp, moments=None):
     has but weights and optimiser: its place, history and log. `moments`: of the optimiser, in mid-phase."""
     plan, saved, stop = phases(c), time.monotonic(), []
     if WORLD == 1:
-        # Ctrl-C waits for the end of a step, a second one does not. torchrun ends its processes in its own way.
+        # Ctrl-C waits for the end of a step, a second one does not; torchrun ends processes in its own way.
         signal.signal(signal.SIGINT, lambda *_: stop.append(
             signal.signal(signal.SIGINT, signal.default_int_handler)))
     while state['phase'] < len(plan):
@@ -562,14 +562,14 @@ def sample(model, text, c, amp):
 def make_optimizer(model, c, later=False):
     """AdamW over exactly what trains, a fresh one for every phase: no stale momentum moves what is frozen."""
     lr, head_lr = (c.lr_later, c.head_lr_later) if later else (c.lr, c.head_lr)
-    matrices, vectors = dict(params=[], peak=lr, weight_decay=c.weight_decay), dict(params=[], peak=lr)
-    adapters, head = dict(params=[], peak=c.lora_lr), dict(params=[], peak=head_lr)
+    matrices, vectors = dict(params=[], lr=lr, weight_decay=c.weight_decay), dict(params=[], lr=lr)
+    adapters, head = dict(params=[], lr=c.lora_lr), dict(params=[], lr=head_lr)
     for name, p in model.named_parameters():
         group = matrices if name.startswith('blocks') and p.dim() == 2 else vectors
         group = adapters if name.endswith(('.A', '.B')) else head if name.startswith('head') else group
         if p.requires_grad:
             group['params'].append(p)
-    groups = [group for group in (matrices, adapters, head, vectors) if group['params']]
+    groups = [dict(g, peak=g['lr']) for g in (matrices, adapters, head, vectors) if g['params']]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 def set_rates(optimizer, c, step, steps):
@@ -770,9 +770,10 @@ def run(c, given):
     data = digest(*(dataset.fingerprint for dataset in batches.datasets))
     if state.setdefault('data', data) != data:
         raise UserError(f'{c.out} was trained on other text than {" ".join(c.data)} holds now: restore it')
-    machine = [WORLD, torch.get_num_threads(), c.device, c.dtype, c.compile, c.micro_batch, torch.__version__]
-    if state.setdefault('machine', machine) != machine:
-        say(f'note: it began on {state["machine"]}, this is {machine}: it goes on, but not to the same bits')
+    threads, version = torch.get_num_threads(), str(torch.__version__)
+    here = [version, WORLD, threads, c.device, c.dtype, c.compile, c.micro_batch]
+    if state.setdefault('machine', here) != here:
+        say(f'note: it began on {state["machine"]}, this is {here}: it goes on, but not to the same bits')
     Path(c.out).mkdir(parents=True, exist_ok=True)
     with prepare_data.locked(Path(c.out) / f'.lock{RANK}', f'writing to {c.out}'):
         for left in Path(c.out).glob('.*.tmp'):       # half-written when a run was killed
