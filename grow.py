@@ -18,6 +18,7 @@ and models grown apart become one by averaging their logits. It is no fast path 
 
 import argparse
 import dataclasses
+import gc
 import inspect
 import math
 import os
@@ -776,14 +777,16 @@ def run(c, given):
         say(f'note: it began on {state["machine"]}, this is {here}: it goes on, but not to the same bits')
     Path(c.out).mkdir(parents=True, exist_ok=True)
     with prepare_data.locked(Path(c.out) / f'.lock{RANK}', f'writing to {c.out}'):
-        for left in Path(c.out).glob('.*.tmp'):       # half-written when a run was killed
-            left.unlink(missing_ok=True)
+        for left in Path(c.out).glob('.*.tmp') if RANK == 0 else ():      # half-written when a run was killed
+            left.unlink()
         say(f'checkpoints and log go to {c.out}')
         model = (restore(ckpt, c) if ckpt else new_model(c, batches)).to(c.device)
         if not ckpt:
             save('latest.pt', c, model, state)
         train(model, batches, state, c, amp, ckpt and ckpt['optimizer'])
     if WORLD > 1:
+        # Whoever holds a wrapped model holds the group, whose threads would outlive it and abort the process.
+        gc.collect()
         torch.distributed.destroy_process_group()
     if RANK == 0:
         table(state['history'])
