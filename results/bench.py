@@ -9,8 +9,6 @@ is a process of its own, with its own peak memory, one after the other, since ma
 ratios. Some 10 minutes. Writes results/bench_DEVICE.csv and .txt; those of today are of commit 8146166.
 """
 
-import contextlib
-import io
 import json
 import statistics
 import subprocess
@@ -27,11 +25,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import grow
 import pictures
-from substrate import VOCAB, UserError, cli, replacing, substrate, table
+from substrate import VOCAB, UserError, cli, substrate
 
 STEPS = 12             # of which three warm up
-GROWN, FULL = ['--lora', 'interleaved'], ['--no-compile', '--dtype', 'float32']
-MONO = ['--monolithic']
+GROWN, MONO, FULL = ['--lora', 'interleaved'], ['--monolithic'], ['--no-compile', '--dtype', 'float32']
 CASES = {              # name: phase of the plan, flags
     'grown, stage 1': (0, GROWN), 'grown, stage 2': (1, GROWN), 'LoRA phase 2': (2, GROWN),
     'grown, stage 3': (3, GROWN), 'monolithic': (0, MONO), 'peer': (0, MONO),
@@ -78,23 +75,22 @@ def measure(name, flags):
     rows, times = c.batch_tokens // c.context, []
     idx, targets = (torch.randint(0, VOCAB, (rows, c.context)) for _ in range(2))
     batches = SimpleNamespace(rows=rows, batch=lambda step, rows: (idx[rows], targets[rows]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    optimizer = grow.make_optimizer(model, c)
     for step in range(STEPS):
         start = time.perf_counter()
         grow.train_step(model, optimizer, batches, step, c, amp)     # it ends when the device has finished
         times.append(time.perf_counter() - start)
     speed = c.batch_tokens / statistics.median(times[3:])
     per_token = sum(grow.flops_per_token(c, phase))
-    return dict(tokens_per_s=speed, flops=per_token * speed, flops_per_token=per_token,
-                peak=(memory(c.device, peak=True) - before) / 2**30)
+    peak = (memory(c.device, peak=True) - before) / 2**30
+    return dict(tokens_per_s=speed, flops=per_token * speed, flops_per_token=per_token, peak=peak)
 
 def matmul_rate(flags):
     """FLOP/s of nothing but the matrix products of a monolithic step, forward and both backward ones."""
     c, _ = grow.configure(flags)
     grow.set_up(c)
     d, rows, seconds, flops = c.d_model, c.micro_batch * c.context, 0, 0
-    shapes = [(d, 3 * d, c.layers), (d, d, c.layers), (d, 4 * d, c.layers), (4 * d, d, c.layers), (d, VOCAB, 1)]
-    for fan_in, fan_out, times in shapes:
+    for fan_in, fan_out in [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)] * c.layers + [(d, VOCAB)]:
         x, w, y = (torch.randn(shape, device=c.device, dtype=getattr(torch, c.dtype))
                    for shape in ((rows, fan_in), (fan_out, fan_in), (rows, fan_out)))
         for a, b in ((x, w.T), (y, w), (y.T, x)):
@@ -103,45 +99,33 @@ def matmul_rate(flags):
                 start = time.perf_counter()
                 (a @ b)[0, 0].item()                   # waits for the device
                 took.append(time.perf_counter() - start)
-            seconds += times * statistics.median(took[2:])
-            flops += times * 2 * rows * fan_in * fan_out
+            seconds += statistics.median(took[2:])
+            flops += 2 * rows * fan_in * fan_out
     return flops / seconds
-
-def ratios(found, rate):
-    """What is worth comparing, in words."""
-    mono, last, peer = found['monolithic'], found['grown, stage 3'], found['peer']
-    yield f'monolithic, share of the matmul rate: {mono["flops"] / rate:.2f}'
-    yield f'monolithic over peer, tokens/s: {mono["tokens_per_s"] / peer["tokens_per_s"]:.2f}'
-    yield (f'grown stage 3 over monolithic, tokens/s: {last["tokens_per_s"] / mono["tokens_per_s"]:.2f}, '
-           f'by FLOPs: {mono["flops_per_token"] / last["flops_per_token"]:.2f}')
-    yield f'grown stage 3 over monolithic, peak memory above the weights: {last["peak"] / mono["peak"]:.2f}'
 
 @cli
 def main(argv=None):
     flags = sys.argv[1:] if argv is None else argv
     if flags[:1] == ['--case']:                        # how this script starts itself
-        return print(json.dumps(measure(flags[1], flags[2:]) if flags[1] in CASES else matmul_rate(flags[2:])))
-    found = {}
+        _, name, *flags = flags
+        return print(json.dumps(measure(name, flags) if name in CASES else matmul_rate(flags)))
+    (c, _), found = grow.configure(flags), {}
     for name in ('rate', *CASES):
-        run = subprocess.run([sys.executable, __file__, '--case', name, *flags], capture_output=True, text=True)
+        command = [sys.executable, __file__, '--case', name, *flags]
+        run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise UserError(f'{name} failed: {run.stderr.strip().rpartition(chr(10))[2]}')
-        about, *_, result = run.stdout.splitlines()
-        found[name] = json.loads(result)
-        print(f'{name}: {result}', flush=True)
-    rate = found.pop('rate')
-    rows = [dict(case=name, tokens_per_s=round(row['tokens_per_s']), GFLOP_per_s=round(row['flops'] / 1e9),
-                 share_of_matmul_rate=row['flops'] / rate, peak_GiB_above_weights=row['peak'])
-            for name, row in found.items()]
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        print(f'{about}; flags: {" ".join(flags)}\nmatrix products alone: {rate / 1e9:,.0f} GFLOP/s\n')
-        table(rows)
-        print('', *ratios(found, rate), sep='\n')
-    print(text.getvalue())
-    stem = HERE / f'bench_{grow.configure(flags)[0].device}'
-    with replacing(f'{stem}.txt') as path:
-        path.write_text(text.getvalue())
-    pictures.write_csv(f'{stem}.csv', rows)
+        found[name] = json.loads(run.stdout.splitlines()[-1])
+        print(f'{name}: {run.stdout}', flush=True)
+    rate, mono = found.pop('rate'), found['monolithic']
+    rows = [dict(case=name, tokens_per_s=round(r['tokens_per_s']), GFLOP_per_s=round(r['flops'] / 1e9),
+                 share_of_matmul_rate=r['flops'] / rate, peak_GiB=r['peak'],
+                 speed_over_monolithic=r['tokens_per_s'] / mono['tokens_per_s'],
+                 expected_by_flops=mono['flops_per_token'] / r['flops_per_token'],
+                 peak_over_monolithic=r['peak'] / mono['peak']) for name, r in found.items()]
+    lines = (f'matrix products alone: {rate / 1e9:,.0f} GFLOP/s; peaks are above the weights',
+             f'torch {torch.__version__}; flags: {" ".join(flags)}')
+    pictures.write_tables(HERE / f'bench_{c.device}', rows, *lines)
 
 if __name__ == '__main__':
     main()

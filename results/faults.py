@@ -5,15 +5,13 @@ Breaks a small job in every way it can: does each fault end in one sentence, and
     python results/faults.py --write       # the same, and results/faults.txt
 
 The job: prepare a text, grow three stages with a LoRA phase and its merge after each later one, and save a
-checkpoint after every step. The uninterrupted job is the measure of all others. Each attempt is a process,
-forked from this one so that torch is imported once. Small disks are mounted (tmpfs), which takes root. Until
-it is made anew, results/faults.txt is that of the first edition (commit 5036787).
+checkpoint after every step. The uninterrupted job is the measure of all others. Small disks are mounted
+(tmpfs), which takes root. Until it is made anew, results/faults.txt is of the first edition (commit 5036787).
 """
 
 import argparse
 import contextlib
-import io
-import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -22,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -34,61 +31,48 @@ sys.path.insert(0, str(HERE.parent))
 import grow
 import prepare_data
 import substrate
-from substrate import Parser, cli, replacing, table
+from pictures import as_text
+from substrate import Parser, cli, replacing
 
 GROW = '''--data tiny --out run --device cpu --no-compile --dtype float32 --substrate binary --d_model 16
-    --heads 2 --context 16 --layers 3 --layers_per_stage 1 --stage_tokens 192 --stage_ratio 1 --batch_tokens 64
-    --micro_batch 4 --lora interleaved --lora_tokens 192 --eval_tokens 256 --save_every 0 --length 5'''.split()
+    --context 16 --layers 3 --layers_per_stage 1 --stage_tokens 192 --stage_ratio 1 --batch_tokens 64
+    --micro_batch 4 --lora interleaved --lora_tokens 192 --eval_tokens 256 --save_every 0'''.split()
 RESUME = '--resume --out run --save_every 0'.split()
 SAMPLE = '--out run/stage_1.pt --sample the --length 1 --device cpu --no-compile'.split()
-WORDS = 'the cat sat on a mat and saw more cats than mats in that hat'.split()
+NGRAMS = Path('interface/ngrams.txt')
 found = {}         # fault -> Counter of what became of it
 
 def note(fault, result, detail=''):
     """Counts what became of a fault, True for survived and False for LOST, and prints it."""
     result = {True: 'survived', False: 'LOST'}.get(result, result)
-    counts = found.setdefault(fault, Counter(tried=0, survived=0, harmless=0, unnoticed=0, LOST=0))
-    counts.update([result, 'tried'])
+    found.setdefault(fault, Counter(tried=0, survived=0, unnoticed=0, LOST=0)).update([result, 'tried'])
     print(f'{fault}: {result} {detail}', flush=True)
 
 # ------------------------------------------------------------------------------------------------------------
 # The job, its processes and its result
 
+def work(folder, said, calls):
+    """Makes the calls (main, argv) in `folder` and prints to the file `said`."""
+    os.dup2(said.fileno(), 1)
+    os.dup2(said.fileno(), 2)
+    os.chdir(folder)
+    for main, argv in calls:
+        main(argv)
+
 def start(folder, *calls):
-    """Forks a process that makes the calls (main, argv) in `folder` and prints to a file; -> its number."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        file = os.open(said(os.getpid()), os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.chdir(folder)
-        for main, argv in calls:
-            main(argv)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    """Forks a process that makes the calls, so that torch is imported once; -> it, with what it prints."""
+    said = tempfile.TemporaryFile()
+    process = multiprocessing.get_context('fork').Process(target=work, args=(folder, said, calls))
+    process.said = said
+    process.start()
+    return process
 
-def said(pid):
-    """The file with what a process printed."""
-    return Path(tempfile.gettempdir()) / f'said_{pid}'
-
-def alive(pid):
-    return not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-
-def ended(pid):
+def ended(process):
     """Waits for a process; -> its exit status, negative for a signal, and its last line, or 'Traceback'."""
-    status, text = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said(pid).read_text()
-    return status, 'Traceback' if 'Traceback' in text else text.strip().rpartition('\n')[2]
+    process.join()
+    process.said.seek(0)
+    text = process.said.read().decode()
+    return process.exitcode, 'Traceback' if 'Traceback' in text else text.strip().rpartition('\n')[2]
 
 def refused(status, line):
     return status == 1 and line.startswith('error: ')
@@ -99,13 +83,11 @@ def job(folder):
     calls = [] if (folder / 'data/tiny/train_000000.bin').exists() else [prepare]
     return *calls, (grow.main, RESUME if (folder / 'run/latest.pt').exists() else GROW)
 
-def weights(path):
-    return {name: t.numpy().tobytes() for name, t in grow.load(path)['model'].items()}
-
 def outcome(folder):
     """What must be the same: the data set, the tensors of all checkpoints, and the log but for its times."""
     data = {path.name: path.read_bytes() for path in (folder / 'data/tiny').glob('*_*')}
-    models = {path.name: weights(path) for path in (folder / 'run').glob('*.pt')}
+    models = {(path.name, name): tensor.numpy().tobytes() for path in (folder / 'run').glob('*.pt')
+              for name, tensor in grow.load(path)['model'].items()}
     log = [row.split(',') for row in (folder / 'run/log.csv').read_text().splitlines()]
     kept = [k for k, name in enumerate(log[0]) if name not in ('seconds', 'tokens_per_s')]
     return data, models, [[row[k] for k in kept] for row in log]
@@ -117,56 +99,58 @@ def goes_on(folder, whole):
 # ------------------------------------------------------------------------------------------------------------
 # Faults
 
-def kills(place, whole, seconds, count, rng):
+def kills(place, whole, count, rng):
     """A quarter of the kills while preparing; each other one in its part of as many of the training."""
     plan, early = grow.phases(grow.configure(GROW)[0]), count // 4
-    saves = 1 + sum(phase.steps + 1 for phase in plan)
+    names = [f'in a {phase.kind} phase' for phase in plan] + ['after the last checkpoint']
+    merges = [(k, phase.steps) for k, phase in enumerate(plan) if phase.rank]
     for k in range(count):
         folder, status = place / f'kill{k}', 0
+        # After the appearance of this folder, or so many changes of this file, and a random pause (seconds).
+        watched, wanted, pause = folder / 'data/tiny', 1, 0.3 * rng.random()
+        if k >= early:
+            part = (k - early + rng.random()) / (count - early)
+            watched, pause = folder / 'run/latest.pt', 0.1 * rng.random()
+            wanted = 1 + int(part * (1 + sum(phase.steps + 1 for phase in plan)))
         while status != -signal.SIGKILL:               # it may have ended before: then again
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            # After so many changes of this file, or the appearance of this folder, and a random pause.
-            watched, wanted, longest = folder / 'data/tiny', 1, seconds[0] / 2
-            if k >= early:
-                watched, longest = folder / 'run/latest.pt', seconds[1] / saves
-                wanted = 1 + int(saves * (k - early + rng.random()) / (count - early))
-            pid, seen = start(folder, *job(folder)), set()
-            while len(seen) < wanted and alive(pid):
+            process, seen = start(folder, *job(folder)), set()
+            while len(seen) < wanted and process.is_alive():
                 time.sleep(0.001)
                 with contextlib.suppress(FileNotFoundError):
                     seen.add((watched.stat().st_ino, watched.stat().st_mtime_ns))
-            time.sleep(longest * rng.random())
-            os.kill(pid, signal.SIGKILL)
-            status, _ = ended(pid)
+            time.sleep(pause)
+            process.kill()
+            status, _ = ended(process)
+            pause /= 2
         where = 'while preparing' if len(job(folder)) == 2 else 'before the first checkpoint'
         if (folder / 'run/latest.pt').exists():
             state = grow.load(folder / 'run')['state']
-            ahead = plan[state['phase']:][:1]
-            where = f'in a {ahead[0].kind} phase' if ahead else 'after the last checkpoint'
-            if ahead and ahead[0].rank and state['step'] == ahead[0].steps:
+            where = names[state['phase']]
+            if (state['phase'], state['step']) in merges:
                 where = 'at a merge'
-        half = 'a checkpoint half written' if any(folder.glob('run/.*.pt.*.tmp')) else ''
-        note(f'kill -9 {where}', goes_on(folder, whole), half)
+        where += ', in a save' if any(folder.glob('run/.*.pt.*.tmp')) else ''
+        note(f'kill -9 {where}', goes_on(folder, whole))
         shutil.rmtree(folder)
 
 def interrupts(place, whole):
     """While a process stands still, others try to work in its folder; then it gets Ctrl-C, and goes on."""
     folder = place / 'interrupted'
     folder.mkdir()
-    for moment, file, tries in (('while preparing', 'data/tiny/.lock', [job(folder)[0]]),
-                                ('while training', 'run/stage_1.pt', [(grow.main, GROW), (grow.main, RESUME)])):
-        pid = start(folder, *job(folder))
-        while not (folder / file).exists() and alive(pid):
+    attempts = [(grow.main, GROW), (grow.main, RESUME)]
+    for moment, file, tries in (('while preparing', 'data/tiny/.val*', job(folder)[:1]),
+                                ('while training', 'run/stage_1.pt', attempts)):
+        process = start(folder, *job(folder))
+        while not any(folder.glob(file)) and process.is_alive():
             time.sleep(0.001)
-        time.sleep(0.05)
-        os.kill(pid, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGSTOP)
         for call in tries:
             end = ended(start(folder, call))
             note(f'a second process {moment}', refused(*end), end[1])
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGCONT)
-        status, line = ended(pid)
+        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGCONT)
+        status, line = ended(process)
         note(f'Ctrl-C {moment}', status == 130 and line != 'Traceback', line)
     note('going on after Ctrl-C', goes_on(folder, whole))
 
@@ -189,8 +173,6 @@ def full_disks(place, whole):
                 shutil.copytree(place / 'whole/data', folder / 'data')
             end = ended(start(folder, *job(folder)))
             ok = refused(*end) and not list(folder.rglob('.*.tmp'))
-            if (folder / 'run/latest.pt').exists():
-                grow.load(folder / 'run')              # it must be whole
             subprocess.run(['mount', '-o', 'remount,size=1g,nr_inodes=10000', folder], check=True)
             note(f'disk full: no room for {what}', goes_on(folder, whole) and ok, end[1])
         finally:
@@ -202,19 +184,15 @@ def damages(place, rng):
     folder = place / 'damaged'
     shutil.copytree(place / 'whole', folder)
     shutil.copytree(HERE.parent / 'interface', folder / 'interface')
-    os.chdir(folder)
-    substrate.NGRAMS, substrate.GLYPHS = Path('interface/ngrams.txt'), Path('interface/glyphs.npz')
+    substrate.NGRAMS, substrate.GLYPHS = NGRAMS, NGRAMS.with_name('glyphs.npz')
     check = prepare_data.main, ['--check', 'tiny']
     for name, call in (('data/tiny/train_000000.bin', check), ('data/tiny/val_000000.bin', check),
-                       ('data/tiny/part_000000.json', check),
-                       ('run/latest.pt', (grow.main, RESUME)), ('run/stage_1.pt', (grow.main, SAMPLE)),
-                       ('interface/glyphs.npz', (cli(lambda _: substrate.glyphs()), [])),
-                       ('interface/ngrams.txt', (cli(lambda _: substrate.read_ngrams(substrate.NGRAMS)), []))):
-        path = Path(name)
-        raw, others = path.read_bytes(), [p for p in Path().rglob('*') if p.is_file() and p != path]
-        # A damaged file that is accepted must have the same content; all others have a checksum.
-        content = {'.pt': weights, '.json': lambda path: json.loads(path.read_text())}.get(path.suffix, str)
-        good, before = content(path), [(p.stat().st_ino, p.stat().st_mtime_ns) for p in others]
+                       ('data/tiny/part_000000.json', check), ('run/latest.pt', (grow.main, RESUME)),
+                       ('run/stage_1.pt', (grow.main, SAMPLE)),
+                       ('interface/ngrams.txt', (cli(substrate.read_ngrams), NGRAMS)),
+                       ('interface/glyphs.npz', (cli(lambda _: substrate.glyphs()), []))):
+        path = folder / name
+        raw = path.read_bytes()
         cases = [('other files', part) for part in (Path(__file__).read_bytes(), bytes(1000), b'')]
         cases += [('cut short', raw[:rng.randrange(1, len(raw) - 1)]) for _ in range(16)]
         for at in rng.sample(range(len(raw)), 40):
@@ -222,13 +200,17 @@ def damages(place, rng):
             cases.append(('one bit flipped', raw[:at] + flipped + raw[at + 1:]))
         for kind, damaged in cases:
             path.write_bytes(damaged)
+            before = state_of(folder)
             end = ended(start(folder, call))
-            result = refused(*end) and (path.stem in end[1] or 'part 0 of data/tiny' in end[1])
-            if end[0] == 0 and kind == 'one bit flipped':
-                result = 'harmless' if content(path) == good else 'unnoticed'
-            same = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in others] == before
-            note(f'{name}: {kind}', result if same else False, end[1])
+            ok = refused(*end) and (name in end[1] or 'data/tiny' in end[1]) and state_of(folder) == before
+            unnoticed = end[0] == 0 and kind == 'one bit flipped'
+            note(f'{name}: {kind}', 'unnoticed' if unnoticed else ok, end[1])
         path.write_bytes(raw)
+
+def state_of(folder):
+    """All files in a folder, each with what changes when it is written or replaced."""
+    files = [(path, path.stat()) for path in folder.rglob('*') if path.is_file()]
+    return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in files}
 
 @cli
 def main(argv=None):
@@ -240,27 +222,21 @@ def main(argv=None):
     torch.set_num_threads(1)
     rng, memory = random.Random(args.seed), '/dev/shm' if Path('/dev/shm').is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as place:      # in memory: a kill is no power cut
-        tempfile.tempdir, place, seconds = place, Path(place), []
-        lines = [' '.join(rng.choices(WORDS, k=15)) for _ in range(20_000)]
-        (place / 'text.txt').write_text('\n'.join(lines))
+        place = Path(place)
+        (place / 'text.txt').write_text('\n'.join(f'once {rng.random()} times' for _ in range(40_000)))
         (place / 'whole').mkdir()
-        for call in job(place / 'whole'):
-            began = time.monotonic()
-            status, line = ended(start(place / 'whole', call))
-            seconds.append(time.monotonic() - began)
-            assert status == 0, line
+        status, line = ended(start(place / 'whole', *job(place / 'whole')))
+        assert status == 0, line
         whole = outcome(place / 'whole')
-        kills(place, whole, seconds, args.kills, rng)
+        kills(place, whole, args.kills, rng)
         interrupts(place, whole)
         full_disks(place, whole)
         damages(place, rng)
-        os.chdir(HERE)
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        table([dict(fault=fault, **results) for fault, results in sorted(found.items())])
-    print(f'\n{text.getvalue()}')
+    text = as_text([dict(fault=fault, **results) for fault, results in sorted(found.items())])
+    print(f'\n{text}')
     if args.write:
         with replacing(HERE / 'faults.txt') as path:
-            path.write_text(text.getvalue())
+            path.write_text(text)
     sys.exit(any(results['LOST'] for results in found.values()))
 
 if __name__ == '__main__':

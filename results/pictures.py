@@ -5,17 +5,17 @@ The pictures of this project: the idea of growth, the losses of your runs, and w
     python results/pictures.py loss out/001 out/002           # losses of runs: out/001/loss.png
     python results/pictures.py show "Привет, 你好, the 🎉"     # a text's tokens as numbers: show.png
 
-The first two need matplotlib, which is in requirements-dev.txt. Records: idea.png and show.png are of the
-first edition (commits c885aba and 2d28fec), and so is loss.png, of results/laptop/with_lora and without_lora,
-which `loss` still draws.
+The first two need matplotlib, of requirements-dev.txt. The records idea.png, loss.png (of results/laptop) and
+show.png are of the first edition (commits c885aba, d40126e and 2d28fec).
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import itertools
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,30 +25,33 @@ sys.path.insert(0, str(HERE.parent))
 
 import grow
 from substrate import (CELL, VOCAB, Parser, UserError, cli, glyphs, principal_components, readable, replacing,
-                       token_texts, tokenizer, unicode_table)
+                       table, token_texts, tokenizer, unicode_table)
 
 try:
     import matplotlib
     matplotlib.use('Agg')                             # draws into files, needs no screen
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Arc, FancyArrowPatch, FancyBboxPatch, Rectangle
+    from matplotlib.patches import Arc, FancyBboxPatch, Rectangle
 except ImportError:
     plt = None                                        # whoever draws says what to install
 
 INK, GREY = '#22303c', '#5d6c7a'
+ACTIVE = '#b85a12'
 # of an area, its edge and the text on it
 TRAINED, FROZEN = ('#f7ab5e', '#d8752a', '#5a2a00'), ('#dbe5ef', '#8fa8c0', '#47627d')
 INTERFACE, PLAIN = ('#b4c8dd', '#7d99b5', '#2f4a66'), ('white', INK, INK)
 # told apart by the colour-blind (Okabe and Ito)
-ACTIVE = '#b85a12'
 RUNS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#444444'
 
 # ------------------------------------------------------------------------------------------------------------
 # What the scripts beside this one draw and write with
 
-def need_matplotlib():
-    if plt is None:
-        raise UserError('the pictures need matplotlib: pip install matplotlib')
+def as_text(rows, *lines):
+    """Dicts of equal keys as a table, and below it lines of text."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        table(rows)
+        print(*lines, sep='\n', end='\n' if lines else '')
+    return text.getvalue()
 
 def write_csv(target, rows):
     """Dicts of equal keys -> a csv file, whole or absent."""
@@ -57,13 +60,13 @@ def write_csv(target, rows):
         writer.writeheader()
         writer.writerows(rows)
 
-def write_png(target, figure, dpi=130):
-    """A figure of matplotlib, or an image of Pillow -> a PNG file, whole or absent."""
-    with replacing(target) as path:
-        if isinstance(figure, Image.Image):
-            figure.save(path, 'PNG')
-        else:
-            figure.savefig(path, format='png', dpi=dpi)
+def write_tables(stem, rows, *lines):
+    """STEM.csv, and STEM.txt with the lines below, which is printed too."""
+    text = as_text(rows, *lines)
+    print(text)
+    write_csv(f'{stem}.csv', rows)
+    with replacing(f'{stem}.txt') as path:
+        path.write_text(text)
 
 def tidy(ax, **labels):
     """The look of all axes with numbers."""
@@ -82,20 +85,12 @@ def say(ax, x, y, text, size=9, colour=INK, **more):
 def box(ax, x, y, width, height, colours, text=''):
     """A box with its lower left corner at (x, y), in colours (area, edge, text); what is frozen is locked."""
     area, edge, ink = colours
-    shape = 'round,pad=2,rounding_size=4'
-    ax.add_patch(FancyBboxPatch((x + 2, y + 2), width - 4, height - 4, shape, fc=area, ec=edge, lw=1))
+    look = dict(boxstyle='round,pad=2,rounding_size=4', fc=area, ec=edge, lw=1)
+    ax.add_patch(FancyBboxPatch((x + 2, y + 2), width - 4, height - 4, **look))
     say(ax, x + width / 2, y + height / 2, text, 8.5, ink)
-    if colours in (FROZEN, INTERFACE):
-        left, middle = x + width - 12, y + height / 2
-        ax.add_patch(Rectangle((left - 4, middle - 5), 8, 6, color=ink, lw=0))
-        ax.add_patch(Arc((left, middle + 1), 5.5, 8, theta2=180, color=ink, lw=1.3))
-
-def adapter(ax, x, y, height):
-    ax.add_patch(Rectangle((x, y), 9, height, fc=TRAINED[0], ec=TRAINED[1], lw=1))
-
-def arrow(ax, start, end):
-    style = dict(arrowstyle='-|>', mutation_scale=9, lw=1.3, color=GREY, shrinkA=0, shrinkB=0)
-    ax.add_patch(FancyArrowPatch(start, end, **style))
+    if colours == FROZEN:
+        ax.add_patch(Rectangle((x + width - 16, y + height / 2 - 5), 8, 6, color=ink, lw=0))
+        ax.add_patch(Arc((x + width - 12, y + height / 2 + 1), 5.5, 8, theta2=180, color=ink, lw=1.3))
 
 def tokens(ax, x, text):
     """The tokens of `text` as the model sees them: their glyphs, side by side, centred on x."""
@@ -105,25 +100,19 @@ def tokens(ax, x, text):
         ax.imshow(picture, extent=extent, cmap='gray_r', interpolation='nearest', zorder=3)
         ax.add_patch(Rectangle((left, bottom), 32, 32, fill=False, ec=INTERFACE[1], lw=0.8, zorder=4))
 
-def title(ax, x, text, what):
-    say(ax, x, 548, text, 11, weight='bold')
-    say(ax, x, 533, what, colour=GREY, va='top')
-
 def column(ax, x, width, row, largest):
-    """A phase, from a row of the ledger: what it does, the model from its tokens up to its head, and its
-    active and total parameters."""
+    """A phase, from a row of the ledger: what it does, the model, its active and total parameters."""
     middle, n = x + width / 2, row['layers']
+    name, what = f'stage {row["stage"]}', f'freeze, append {row["trained"]},\ntrain them'
     if row['rank']:
-        title(ax, middle, 'LoRA phase', f'adapt all {n} blocks\n(rank {row["rank"]}), then merge')
-    else:
-        below = 'freeze, append' if row['frozen'] else 'train'
-        above = ',\ntrain them' if row['frozen'] else ' blocks'
-        title(ax, middle, f'stage {row["stage"]}', f'{below} {row["trained"]}{above}')
+        name, what = 'LoRA phase', f'adapt all {n} blocks\n(rank {row["rank"]}), then merge'
+    say(ax, middle, 548, name, 11, weight='bold')
+    say(ax, middle, 533, what if row['frozen'] else f'train {n} blocks', colour=GREY, va='top')
     for k in range(n):
         y, frozen = FLOOR + k * STEP, k < row['frozen']
         box(ax, x, y, width - 16 * bool(row['rank']), STEP - 4, FROZEN if frozen else TRAINED, f'{k + 1}')
         if row['rank']:
-            adapter(ax, x + width - 11, y, STEP - 4)
+            box(ax, x + width - 11, y, 11, STEP - 4, TRAINED)
     box(ax, x, FLOOR + n * STEP, width, 38, TRAINED, 'final LayerNorm\nand LM head')
     tokens(ax, middle, 'grow')
     for kind, (bar, _, _) in (('total', INTERFACE), ('active', TRAINED)):
@@ -134,11 +123,12 @@ def column(ax, x, width, row, largest):
 def composition(ax, x, width):
     """Two models trained apart on the same interface: together they predict by the mean of their logits."""
     middle = x + width + 8
-    title(ax, middle, 'composition', 'models trained apart fit together:\nthey share the interface')
+    say(ax, middle, 548, 'composition', 11, weight='bold')
+    say(ax, middle, 533, 'models trained apart fit together:\nthey share the interface', colour=GREY, va='top')
     box(ax, middle - 70, FLOOR + 270, 140, 38, PLAIN, 'mean of the logits')
     for left, language in ((x, 'Russian'), (x + width + 16, 'Chinese')):
         centre = left + width / 2
-        arrow(ax, (centre, FLOOR + 244), (middle + 0.6 * (centre - middle), FLOOR + 267))
+        say(ax, centre, FLOOR + 253, '\N{UPWARDS ARROW}', 14, GREY)
         say(ax, centre, FLOOR + 231, f'{language} expert', 8.5)
         for k, name in enumerate([*'123456789', 'norm', 'LM head']):
             box(ax, left, FLOOR + 20 * k, width, 17, FROZEN, name)
@@ -146,8 +136,7 @@ def composition(ax, x, width):
     say(ax, middle, 48, 'no new parameters,\nand nothing is trained again', colour=GREY)
 
 def idea():
-    """Growth on the left, composition on the right, on one interface. All numbers come from the ledger of the
-    paper's model, with one LoRA phase of the two."""
+    """Growth, with one LoRA phase, and composition; all numbers come from the ledger of the paper's model."""
     c = grow.Config(**grow.GPU, lora='interleaved')
     rows = [row for row in grow.ledger(c) if not row['rank'] or row['stage'] == 2]
     figure = plt.figure(figsize=(9, 5.66))
@@ -158,17 +147,16 @@ def idea():
     for k, row in enumerate(rows):
         column(ax, 66 + 146 * k, 130, row, max(r['total'] for r in rows))
         if k:
-            arrow(ax, (46 + 146 * k, 548), (70 + 146 * k, 548))
+            say(ax, 58 + 146 * k, 548, '\N{RIGHTWARDS ARROW}', 14, GREY)
     composition(ax, 676, 98)
-    for y, kind, colours in ((446, 'trained', TRAINED), (420, 'frozen', FROZEN)):
-        box(ax, 70, y, 34, 18, colours)
-        say(ax, 114, y + 9, kind, ha='left')
-    adapter(ax, 82, 394, 18)
-    say(ax, 114, 403, 'LoRA adapter', ha='left')
+    for y, text, width, colours in ((446, 'trained', 34, TRAINED), (420, 'frozen', 34, FROZEN),
+                                    (394, 'LoRA adapter', 11, TRAINED)):
+        box(ax, 104 - width, y, width, 18, colours)
+        say(ax, 114, y + 9, text, ha='left')
     say(ax, 10, 57, 'active', 10, ACTIVE, ha='left', weight='bold')
     say(ax, 10, 38, 'total', 10, FROZEN[2], ha='left')
-    note = 'the total counts the frozen interface too, and the LoRA adapters while they exist'
-    say(ax, 10, 14, f'parameters at width {c.d_model:,}; {note}', 8.5, GREY, ha='left')
+    note = f'parameters at width {c.d_model:,}, with the frozen interface, and LoRA adapters while they exist'
+    say(ax, 10, 14, note, 8.5, GREY, ha='left')
     ax.set(xlim=(0, 900), ylim=(0, 566), aspect='auto')
     ax.axis('off')
     return figure
@@ -176,80 +164,54 @@ def idea():
 # ------------------------------------------------------------------------------------------------------------
 # loss: what runs have logged
 
-LANE = 0.064       # heights of the axes that a run's strip above them takes
-
 def read_run(folder):
-    """RUN/log.csv -> its phases in order: kind ('grow', 'lora'), stage, start and end in tokens, and the
-    losses train and val [(tokens, loss)]."""
-    path, phases, start = Path(folder) / 'log.csv', [], 0
+    """RUN/log.csv -> its phases: 'grow' or 'lora', and [(tokens, loss)] of training and of validation."""
+    path, phases = Path(folder) / 'log.csv', []
     try:
         with open(path, newline='') as file:
             rows = list(csv.DictReader(file))
-        for (kind, stage), part in itertools.groupby(rows, key=lambda row: (row['phase'], row['stage'])):
+        for (kind, _), part in itertools.groupby(rows, lambda row: (row['phase'], row['stage'])):
             part = list(part)
-            train, val = ([(int(row['tokens']), float(row[name])) for row in part if row[name]]
-                          for name in ('train_loss', 'val_loss'))
-            end = int(part[-1]['tokens'])
-            phases.append(SimpleNamespace(kind=kind, stage=stage, start=start, end=end, train=train, val=val))
-            start = end
+            phases.append((kind, *([(int(row['tokens']), float(row[name])) for row in part if row[name]]
+                                   for name in ('train_loss', 'val_loss'))))
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f'cannot read {path} ({error}): name folders of runs of grow.py') from None
-    if not phases:
+    if not any(train for _, train, _ in phases):
         raise UserError(f'{path} holds no losses yet: wait for its first checkpoint with some')
     return phases
 
-def smooth(values, width):
-    """Moving average over `width` values, at the ends over those there are."""
-    window = np.ones(min(width, len(values)))
-    return np.convolve(values, window, 'same') / np.convolve(np.ones(len(values)), window, 'same')
-
-def strip(ax, phase, bottom, colour, longest):
-    """A phase as a part of the strip above the axes: the val loss after it, and a mark for what it does."""
-    # x in tokens, y in heights of the axes
-    place, height = dict(transform=ax.get_xaxis_transform(), clip_on=False), 0.66 * LANE
-    lora, width = phase.kind == 'lora', phase.end - phase.start
-    look = dict(fc=colour, ec='white', lw=1, alpha=0.2 if lora else 0.45)
-    ax.add_patch(Rectangle((phase.start, bottom), width, height, **look, **place))
-    # empty while the phase goes on, or where there is no room
-    text = ''.join(f'{loss:.3f}' for _, loss in phase.val) if width > 0.045 * longest else ''
-    if width > 0.14 * longest:
-        text = ('LoRA' if lora else f'stage {phase.stage}') + f'   {text}'
-    say(ax, phase.start + width / 2, bottom + height / 2, text, 8.5, **place)
-    if lora and phase.val:
-        ax.plot(phase.end, bottom + height, 'v', color=colour, ms=6, **place)
-    if not lora and phase.start:
-        ax.plot(phase.start, bottom, '^', color=colour, ms=6, **place)
-        ax.axvline(phase.start, color=colour, lw=0.8, ls='--', alpha=0.5, zorder=0)
-
 def loss(folders):
-    """Train loss over tokens, smoothed within each phase (thin: as logged). Dots are the val losses after the
-    phases; their numbers are above."""
-    runs = [read_run(folder) for folder in folders]
-    longest = max(phases[-1].end for phases in runs)
+    """Train loss over tokens, a mean of several steps a point, and the val losses after the phases."""
     figure, ax = plt.subplots(figsize=(9, 5), layout='constrained')
-    for k, (folder, phases, colour) in enumerate(zip(folders, runs, itertools.cycle(RUNS))):
+    for k, (folder, colour) in enumerate(zip(folders, itertools.cycle(RUNS))):
+        phases, start = read_run(folder), 0
+        several = 1 + sum(len(train) for _, train, _ in phases) // 60
         ax.plot([], [], color=colour, lw=2, label=Path(folder).resolve().name)
-        width = 1 + sum(len(p.train) for p in phases) // 30
-        for p in phases:
-            strip(ax, p, 1.02 + LANE * (len(runs) - 1 - k), colour, longest)
-            x, y = np.array(p.train).reshape(-1, 2).T
-            ax.plot(x, y, color=colour, lw=0.7, alpha=0.3)
-            ax.plot(x, smooth(y, width), color=colour, lw=1.8)
-            ax.plot(*np.array(p.val).reshape(-1, 2).T, 'o', color=colour, mec='white', ms=8, zorder=4)
-    for marker, meaning in zip('o^v', ('val loss (in digits: above)', 'blocks appended', 'LoRA merged')):
-        ax.plot([], [], marker, color=GREY, label=meaning)
-    tidy(ax, xlim=(0, 1.02 * longest), xlabel='training tokens', ylabel='loss, nats a token')
+        for kind, train, val in phases:
+            if kind == 'grow' and start:
+                ax.axvline(start, color=colour, lw=0.8, ls='--', alpha=0.5)
+            if train:
+                start = train[-1][0]
+                means = np.array(train[len(train) % several:]).reshape(-1, several, 2).mean(1)
+                ax.plot(*means.T, color=colour, lw=1.8)
+            for place in val:
+                ax.plot(*place, 'v' if kind == 'lora' else 'o', color=colour, mec='white', ms=8, zorder=4)
+                if len(folders) < 3:                   # else there is no room for digits
+                    ax.annotate(f'{place[1]:.3f}', place, (0, -14 if k else 8), color=colour, fontsize=9,
+                                textcoords='offset points', ha='center')
+    for style, meaning in (('o', 'val loss'), ('v', 'val loss, adapters merged'), ('--', 'blocks appended')):
+        ax.plot([], [], style, color=GREY, label=meaning)
+    tidy(ax, xlabel='training tokens', ylabel='loss, nats a token')
     ax.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
-    ax.legend(loc='upper right', edgecolor='white', framealpha=0.9, borderaxespad=0, fontsize=9)
+    ax.legend(edgecolor='white', fontsize=9)
     return figure
 
 # ------------------------------------------------------------------------------------------------------------
 # show: the tokens of a text, and what a model of some width sees of them
 
 def what_is_left(ids, d_model):
-    """-> (what rows of the unicode table still tell of their pictures, (len(ids), 1024) of about 0 to 1; the
-    share of each picture's variance that this is, (len(ids),)). A row is a direction among pictures; how far
-    to go in it, the length it lost, is taken from the picture."""
+    """-> (what rows of the unicode table tell of their pictures, (n, 1024); the share of each one's variance,
+    (n,)). A row is a direction among pictures; how far to go in it, is taken from the picture."""
     mean, axes = principal_components()
     directions = unicode_table(d_model)[ids, :axes.shape[1]] @ axes[:, :d_model].T            # n, 1024
     away = glyphs()[ids] - mean
@@ -257,8 +219,7 @@ def what_is_left(ids, d_model):
     return mean + along[:, None] * directions, along ** 2 / (away ** 2).sum(1)
 
 def show(text, d_model):
-    """A PIL image with a row a token: its text and id, its picture as the table is made of it, what is left
-    of that, and its d_model numbers."""
+    """A PIL image with a row a token: its text, id and picture, what is left of that, its d_model numbers."""
     ids = tokenizer().encode_ordinary(text)
     if not 1 <= len(ids) <= 400 or d_model < 1:
         raise UserError(f'show takes 1 to 400 tokens, not {len(ids):,}, and a positive --d_model', status=2)
@@ -298,19 +259,18 @@ def main(argv=None):
     parser.add_argument('--out', type=Path, help='PNG file to write')
     parser.add_argument('--d_model', type=int, default=256, help='for show: numbers a token (%(default)s)')
     args = parser.parse_args(argv)
-    fits = dict(idea=len(args.words) == 0, loss=len(args.words) > 0, show=len(args.words) == 1)
-    if not fits[args.name]:
+    if args.name == 'show' and len(args.words) != 1 or bool(args.words) == (args.name == 'idea'):
         parser.error('give folders of runs to loss, a text in quotes to show, and nothing to idea')
-    if args.name == 'show':
-        out, picture = Path('show.png'), show(args.words[0], args.d_model)
-    else:
-        need_matplotlib()
-        out, picture = HERE / 'idea.png', None
-        if args.name == 'loss':
-            out = Path(args.words[0]) / 'loss.png'
-        picture = loss(args.words) if args.name == 'loss' else idea()
-    write_png(args.out or out, picture, dpi=200)
-    print(f'wrote {args.out or out}')
+    if plt is None and args.name != 'show':
+        raise UserError('the pictures need matplotlib: pip install matplotlib')
+    folder = Path(args.words[0]) if args.name == 'loss' else HERE if args.name == 'idea' else Path()
+    out = args.out or folder / f'{args.name}.png'
+    with replacing(out) as path:
+        if args.name == 'show':
+            show(args.words[0], args.d_model).save(path, 'PNG')
+        else:
+            (loss(args.words) if args.words else idea()).savefig(path, format='png', dpi=200)
+    print(f'wrote {out}')
 
 if __name__ == '__main__':
     main()
