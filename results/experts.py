@@ -9,8 +9,8 @@ Controls: models of one expert's size and of the size of both, which see both te
 embeddings are learned, each its own. What is finished is skipped. Writes OUT.csv and OUT.txt.
 
 The records results/experts.* and experts_logs are of the first edition (commit 98c4ce7): Russian and Chinese
-of Debian packages, with --shared en. At b189083 this script fetches these texts (ru.txt, zh.txt and en.txt,
-for `prepare_data.py files --split-line %`), also tunes merged heads, measures what merging costs, and draws.
+of Debian packages, with --shared en. At b189083 this script fetches these texts (ru.txt, zh.txt and en.txt),
+also tunes the heads of merged models, measures what merging costs, and draws.
 """
 
 import argparse
@@ -55,10 +55,10 @@ def runs(c, names, shared, tokens):
 def mixture(paths):
     """The mean of the logits of these runs, each with its own interface; of one path, its model."""
     experts = [grow.load_model(path) for path in paths]
-    interfaces = [expert.interface for expert in experts]
+    tables = [expert.interface.table for expert in experts]
     model = grow.MixtureOfExperts(experts) if len(experts) > 1 else experts[0]
-    for expert, interface in zip(experts, interfaces):       # grow.py gives all that of the first
-        expert.interface = interface
+    for expert, table in zip(experts, tables):         # grow.py gives all of them that of the first
+        expert.interface.table = table
     return model.eval()
 
 def compare(c, out, names, datasets):

@@ -94,10 +94,10 @@ def box(ax, x, y, width, height, colours, text=''):
 
 def tokens(ax, x, text):
     """The tokens of `text` as the model sees them: their glyphs, side by side, centred on x."""
-    for k, character in enumerate(text):
+    for k, bits in enumerate(glyphs()[[ord(character) for character in text]].reshape(-1, CELL, CELL)):
         left, bottom = x + 32 * (k - len(text) / 2), FLOOR - 44
-        picture, extent = glyphs()[ord(character)].reshape(CELL, CELL), (left, left + 32, bottom, bottom + 32)
-        ax.imshow(picture, extent=extent, cmap='gray_r', interpolation='nearest', zorder=3)
+        extent = left, left + 32, bottom, bottom + 32
+        ax.imshow(bits, extent=extent, cmap='gray_r', interpolation='nearest', zorder=3)
         ax.add_patch(Rectangle((left, bottom), 32, 32, fill=False, ec=INTERFACE[1], lw=0.8, zorder=4))
 
 def column(ax, x, width, row, largest):
@@ -124,7 +124,7 @@ def composition(ax, x, width):
     """Two models trained apart on the same interface: together they predict by the mean of their logits."""
     middle = x + width + 8
     say(ax, middle, 548, 'composition', 11, weight='bold')
-    say(ax, middle, 533, 'models trained apart fit together:\nthey share the interface', colour=GREY, va='top')
+    say(ax, middle, 533, 'models trained apart fit,\nsince they share the interface', colour=GREY, va='top')
     box(ax, middle - 70, FLOOR + 270, 140, 38, PLAIN, 'mean of the logits')
     for left, language in ((x, 'Russian'), (x + width + 16, 'Chinese')):
         centre = left + width / 2
