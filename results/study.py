@@ -34,11 +34,10 @@ EQUAL = '--stage_ratio 1 --lr_later 3e-3 --head_lr_later 2e-3'
 RECIPES = dict(grown=EQUAL, lora=EQUAL + ' --lora interleaved --lora_lr 2e-3', long='')      # ways to grow
 
 def costs(flags):
-    """Tokens and FLOPs of a whole run."""
+    """FLOPs of a whole run, in blocks and in all."""
     rows = grow.ledger(grow.configure(flags)[0])
-    sums = {kind: sum(row[f'{kind}_flops'] * row['tokens'] for row in rows) for kind in ('block', 'head')}
-    return dict(tokens=sum(row['tokens'] for row in rows), block_flops=sums['block'],
-                total_flops=sums['block'] + sums['head'])
+    block, head = (sum(row[kind] * row['tokens'] for row in rows) for kind in ('block_flops', 'head_flops'))
+    return dict(block_flops=block, total_flops=block + head)
 
 def sized(flags, tokens):
     """Flags with stages so long that the run has so many tokens; LoRA phases are as long as the first one."""
