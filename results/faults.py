@@ -1,7 +1,7 @@
 """
 Breaks a small job in every way it can: does each fault end in one sentence, and the job in the same bits?
 
-    python results/faults.py               # some 3 minutes; exit status 1 if anything was lost
+    python results/faults.py               # 3 to 5 minutes; exit status 1 if anything was lost
     python results/faults.py --write       # the same, and results/faults.txt
 
 The job: prepare a text, grow three stages with a LoRA phase and its merge after each later one, and save a
