@@ -1,13 +1,17 @@
-"""Breaks runs on purpose: kill -9, Ctrl-C, full disks, damaged files. Does each end in one sentence, and go on to the same bits?
+"""
+Breaks a small job in every way it can: does each fault end in one sentence, and the job in the same bits?
 
-    python results/faults.py [KILLS] [SEED]           # 20 kills, seed 0; writes results/faults.txt; exit status 1 if anything was lost
+    python results/faults.py               # 3 to 5 minutes; exit status 1 if anything was lost
+    python results/faults.py --write       # the same, and results/faults.txt
 
-One job is the measure of all: prepare a text, grow three stages with a LoRA phase and its merge, a checkpoint after every step. Each attempt is a
-process of its own, forked from this one so that torch is imported once. Full disks are mounted (tmpfs), which takes root; others skip them.
+The job: prepare a text, grow three stages with a LoRA phase and its merge after each later one, and save a
+checkpoint after every step. The uninterrupted job is the measure of all others. Small disks are mounted
+(tmpfs), which takes root. Until it is made anew, results/faults.txt is of the first edition (commit 5036787).
 """
 
+import argparse
 import contextlib
-import io
+import multiprocessing
 import os
 import random
 import shutil
@@ -16,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -24,264 +27,217 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import grow  # noqa: E402
-import prepare_data  # noqa: E402
-import substrate  # noqa: E402
 
-GROW = '''--data tiny --out run --device cpu --no-compile --dtype float32 --substrate binary --d_model 32 --heads 2 --context 16 --layers 3 --layers_per_stage 1
-    --stage_tokens 192 --batch_tokens 64 --micro_batch 4 --lora interleaved --lora_stages 2 --lora_tokens 192 --eval_tokens 256 --length 5 --save_every 0'''.split()
-RESUME = '--resume --out run --save_every 0 --length 5'.split()
-lines, lost = [], []
+import grow
+import prepare_data
+import substrate
+from pictures import as_text
+from substrate import Parser, cli, replacing
 
+GROW = '''--data tiny --out run --device cpu --no-compile --dtype float32 --substrate binary --d_model 16
+    --context 16 --layers 3 --layers_per_stage 1 --stage_tokens 192 --stage_ratio 1 --batch_tokens 64
+    --micro_batch 4 --lora interleaved --lora_tokens 192 --eval_tokens 256 --save_every 0'''.split()
+RESUME = '--resume --out run --save_every 0'.split()
+SAMPLE = '--out run/stage_1.pt --sample the --length 1 --device cpu --no-compile'.split()
+NGRAMS = Path('interface/ngrams.txt')
+found = {}         # fault -> Counter of what became of it
 
-def say(line, good=True):
-    lines.append(line if good else f'{line}   <-- LOST')
-    lost.extend([] if good else [line])
-    print(lines[-1], flush=True)
+def note(fault, result, detail=''):
+    """Counts what became of a fault, True for survived and False for LOST, and prints it."""
+    result = {True: 'survived', False: 'LOST'}.get(result, result)
+    found.setdefault(fault, Counter(tried=0, survived=0, unnoticed=0, LOST=0)).update([result, 'tried'])
+    print(f'{fault}: {result} {detail}', flush=True)
 
+# ------------------------------------------------------------------------------------------------------------
+# The job, its processes and its result
+
+def work(folder, said, calls):
+    """Makes the calls (main, argv) in `folder` and prints to the file `said`."""
+    os.dup2(said.fileno(), 1)
+    os.dup2(said.fileno(), 2)
+    os.chdir(folder)
+    for main, argv in calls:
+        main(argv)
 
 def start(folder, *calls):
-    """Forks a process that makes the calls (main, argv) in `folder`, its output in folder/said. -> its number"""
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    status = 1
-    try:
-        os.chdir(folder)
-        said = os.open('said', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1), os.dup2(said, 2)
-        for main, argv in calls:
-            main(argv)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
+    """Forks a process that makes the calls, so that torch is imported once; -> it, with what it prints."""
+    said = tempfile.TemporaryFile()
+    process = multiprocessing.get_context('fork').Process(target=work, args=(folder, said, calls))
+    process.said = said
+    process.start()
+    return process
 
+def ended(process):
+    """Waits for a process; -> its exit status, negative for a signal, and its last line, or 'Traceback'."""
+    process.join()
+    process.said.seek(0)
+    text = process.said.read().decode()
+    return process.exitcode, 'Traceback' if 'Traceback' in text else text.strip().rpartition('\n')[2]
 
-def ended(pid):
-    """Waits for a process. -> its exit status, negative for a signal"""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def refused(status, line):
+    return status == 1 and line.startswith('error: ')
 
-
-def job(folder, text):
-    """The calls with which a user would start the job, or go on with it, whatever is there already."""
-    calls = [] if (folder / 'data' / 'tiny').exists() else [(prepare_data.main, ['files', '--name', 'tiny', str(text)])]
-    return *calls, (grow.main, RESUME if (folder / 'run' / 'latest.pt').exists() else GROW)
-
+def job(folder):
+    """The calls by which a user starts the job, or goes on with it, whatever is there already."""
+    prepare = prepare_data.main, ['files', '--name', 'tiny', str(folder.parent / 'text.txt')]
+    calls = [] if (folder / 'data/tiny/train_000000.bin').exists() else [prepare]
+    return *calls, (grow.main, RESUME if (folder / 'run/latest.pt').exists() else GROW)
 
 def outcome(folder):
-    """What must be the same: shards, the tensors of every checkpoint, and the log but for its times."""
-    tensors = {f'{path.name} {name}': t for path in sorted((folder / 'run').glob('*.pt')) for name, t in grow.load(path)['model'].items()}
-    timed = [grow.COLUMNS.index(name) for name in ('seconds', 'tokens_per_s')]
-    log = [[x for k, x in enumerate(row.split(',')) if k not in timed] for row in (folder / 'run' / 'log.csv').read_text().splitlines()]
-    return prepare_data.Dataset(folder / 'data' / 'tiny').fingerprint, log, tensors
+    """What must be the same: the data set, the tensors of all checkpoints, and the log but for its times."""
+    data = {path.name: path.read_bytes() for path in (folder / 'data/tiny').glob('*_*')}
+    models = {(path.name, name): tensor.numpy().tobytes() for path in (folder / 'run').glob('*.pt')
+              for name, tensor in grow.load(path)['model'].items()}
+    log = [row.split(',') for row in (folder / 'run/log.csv').read_text().splitlines()]
+    kept = [k for k, name in enumerate(log[0]) if name not in ('seconds', 'tokens_per_s')]
+    return data, models, [[row[k] for k in kept] for row in log]
 
+def goes_on(folder, whole):
+    """Runs the job to its end; -> whether it has the same result."""
+    return ended(start(folder, *job(folder)))[0] == 0 and outcome(folder) == whole
 
-def same(a, b):
-    return a[:2] == b[:2] and a[2].keys() == b[2].keys() and all(torch.equal(a[2][name], b[2][name]) for name in a[2])
+# ------------------------------------------------------------------------------------------------------------
+# Faults
 
-
-def one_sentence(folder, *words):
-    """Whether the last line of folder/said is an error with all the words, and there is no traceback."""
-    text = (folder / 'said').read_text()
-    last = text.strip().splitlines()[-1] if text.strip() else ''
-    return 'Traceback' not in text and last.startswith('error: ') and all(word in last for word in words)
-
-
-def wait_for(happened, pid):
-    """Waits until happened() or the end of the process. -> whether it is still there"""
-    while not happened():
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return False
-        time.sleep(0.001)
-    return True
-
-
-def kill(folder, text, rng, in_prepare, saves, pause):
-    """Starts the job, kills it at a random moment: of preparing, or after so many checkpoints, and a random part of the time to the next one."""
-    pid, run = start(folder, *job(folder, text)), folder / 'run' / 'latest.pt'
-    if in_prepare:
-        here = wait_for((folder / 'data' / '.tiny.tmp').exists, pid)
-    else:
-        seen, left = set(), rng.randrange(saves)
-
-        def enough():
-            with contextlib.suppress(FileNotFoundError):
-                seen.add((run.stat().st_ino, run.stat().st_mtime_ns))
-            return len(seen) > left
-        here = wait_for(enough, pid)
-    if here:
-        time.sleep(rng.random() * pause)
-        os.kill(pid, signal.SIGKILL)
-    return ended(pid) == -signal.SIGKILL
-
-
-def kills(place, text, whole, times, count, seed):
-    rng, good, seen = random.Random(seed), 0, Counter()
-    saves = 1 + sum(phase.steps + 1 for phase in grow.phases(grow.configure(GROW)[0]))
+def kills(place, whole, count, rng):
+    """A quarter of the kills while preparing; each other one in its part of as many of the training."""
+    plan, early = grow.phases(grow.configure(GROW)[0]), count // 4
+    names = [f'in a {phase.kind} phase' for phase in plan] + ['after the last checkpoint']
+    merges = [(k, phase.steps) for k, phase in enumerate(plan) if phase.rank]
     for k in range(count):
-        folder, killed, in_prepare = place / f'kill{k}', False, k < count // 4
-        while not killed:                              # it may have ended before: then again
+        folder, status = place / f'kill{k}', 0
+        # After the appearance of this folder, or so many changes of this file, and a random pause (seconds).
+        watched, wanted, pause = folder / 'data/tiny', 1, 0.3 * rng.random()
+        if k >= early:
+            part = (k - early + rng.random()) / (count - early)
+            watched, pause = folder / 'run/latest.pt', 0.1 * rng.random()
+            wanted = 1 + int(part * (1 + sum(phase.steps + 1 for phase in plan)))
+        while status != -signal.SIGKILL:               # it may have ended before: then again
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            killed = kill(folder, text, rng, in_prepare, saves, times[0] if in_prepare else times[1] / saves)
-        calls, half = job(folder, text), len(list((folder / 'run').glob('.*.pt.*.tmp')))
-        status = ended(start(folder, *calls))
-        at = next((line for line in (folder / 'said').read_text().splitlines() if line.startswith(('resuming', 'the run'))), 'from the start')
-        where = 'while preparing' if len(calls) == 2 else at.replace('resuming run ', '').replace('from the start', 'before the first checkpoint')
-        equal = status == 0 and same(outcome(folder), whole) and not list((folder / 'run').glob('.*')) and [p.name for p in (folder / 'data').iterdir()] == ['tiny']
-        good += equal
-        seen[where.rpartition(' after')[0] or where] += 1
-        seen['a checkpoint half written'] += half
-        say(f'  kill {k + 1:2d}: {where}{", a checkpoint half written" * half}: {"same bits" if equal else "DIFFERENT"}', equal)
+            process, seen = start(folder, *job(folder)), set()
+            while len(seen) < wanted and process.is_alive():
+                time.sleep(0.001)
+                with contextlib.suppress(FileNotFoundError):
+                    seen.add((watched.stat().st_ino, watched.stat().st_mtime_ns))
+            time.sleep(pause)
+            process.kill()
+            status, _ = ended(process)
+            pause /= 2
+        where = 'while preparing' if len(job(folder)) == 2 else 'before the first checkpoint'
+        if (folder / 'run/latest.pt').exists():
+            state = grow.load(folder / 'run')['state']
+            where = names[state['phase']]
+            if (state['phase'], state['step']) in merges:
+                where = 'at a merge'
+        where += ', in a save' if any(folder.glob('run/.*.pt.*.tmp')) else ''
+        note(f'kill -9 {where}', goes_on(folder, whole))
         shutil.rmtree(folder)
-    say(f'kill -9 at {count} random moments (seed {seed}): {good} of {count} gave the same shards, weights and log; ' + ', '.join(f'{n} {what}' for what, n in sorted(seen.items())), good == count)
 
-
-def interrupts(place, text, whole):
-    folder = place / 'ctrl-c'
+def interrupts(place, whole):
+    """While a process stands still, others try to work in its folder; then it gets Ctrl-C, and goes on."""
+    folder = place / 'interrupted'
     folder.mkdir()
-    shutil.copytree(place / 'whole' / 'data', folder / 'data')
-    pid = start(folder, *job(folder, text))
-    wait_for((folder / 'run' / 'stage_1.pt').exists, pid)
-    os.kill(pid, signal.SIGSTOP)                       # it waits while others try
-    (folder / 'second').mkdir()
-    refused = []
-    for argv in (GROW, RESUME):
-        argv = [str(folder / word) if word == 'run' else str(folder / 'data' / word) if word == 'tiny' else word for word in argv]
-        refused.append(ended(start(folder / 'second', (grow.main, argv))) == 1 and one_sentence(folder / 'second', 'another process is writing to'))
-    os.kill(pid, signal.SIGINT)
-    os.kill(pid, signal.SIGCONT)
-    status, said = ended(pid), (folder / 'said').read_text()
-    shutil.rmtree(folder / 'second')
-    say(f'two runs in one folder: {sum(refused)} of 2 refused, with and without --resume', all(refused))
-    stopped = status == 130 and said.endswith('interrupted\n') and 'stopped: go on with --resume' in said and 'Traceback' not in said
-    stopped = stopped and ended(start(folder, *job(folder, text))) == 0 and same(outcome(folder), whole)
-    say(f'Ctrl-C: {"exit status 130, one line, and went on to the same bits" if stopped else f"status {status}: {said[-200:]}"}', stopped)
+    attempts = [(grow.main, GROW), (grow.main, RESUME)]
+    for moment, file, tries in (('while preparing', 'data/tiny/.val*', job(folder)[:1]),
+                                ('while training', 'run/stage_1.pt', attempts)):
+        process = start(folder, *job(folder))
+        while not any(folder.glob(file)) and process.is_alive():
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGSTOP)
+        for call in tries:
+            end = ended(start(folder, call))
+            note(f'a second process {moment}', refused(*end), end[1])
+        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGCONT)
+        status, line = ended(process)
+        note(f'Ctrl-C {moment}', status == 130 and line != 'Traceback', line)
+    note('going on after Ctrl-C', goes_on(folder, whole))
 
-
-@contextlib.contextmanager
-def disk(folder, size):
-    """A disk of so many bytes at `folder`; yields what makes room on it."""
-    folder.mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder], check=True)
-    try:
-        yield lambda: subprocess.run(['mount', '-o', 'remount,size=1g', folder], check=True)
-    finally:
-        subprocess.run(['umount', '-l', folder], check=True)
-
-
-def full_disks(place, text, whole):
-    if os.geteuid() or shutil.which('mount') is None:
-        return say('full disks: skipped, mounting one takes root')
-    good = Counter()
-    for what, size, word in [('shards', s, '.npy') for s in (50_000, 400_000, 1_000_000)] + \
-                            [('checkpoints', s * 10**6, '.pt') for s in (14, 35, 50, 64, 76)] + [('log.csv', 200_000_000, 'No space left')]:
-        folder = place / f'full{size}'
-        with disk(folder, size) as make_room:
+def full_disks(place, whole):
+    """Disks that are full while shards are written, later, and where there is no room for one file more."""
+    if os.geteuid() or not shutil.which('mount'):
+        return print('full disks: left out, mounting one takes root')
+    files = list((place / 'whole/data').rglob('*'))
+    data = sum(path.stat().st_size for path in files)
+    models = sum(path.stat().st_size for path in (place / 'whole/run').glob('*.pt'))
+    limits = [('shards', f'size={int(data * part)}') for part in (0.1, 0.5, 0.9)]
+    limits += [('checkpoints', f'size={int(data + 40_000 + models * k / 10)}') for k in (0, 1, 3, 5, 7, 9)]
+    limits += [('one file more', f'nr_inodes={2 + len(files) + more}') for more in range(6)]
+    for what, limit in limits:
+        folder = place / limit
+        folder.mkdir()
+        subprocess.run(['mount', '-t', 'tmpfs', '-o', limit, 'tmpfs', folder], check=True)
+        try:
             if what != 'shards':
-                shutil.copytree(place / 'whole' / 'data', folder / 'data')
-            if what == 'log.csv':
-                (folder / 'said').write_bytes(b' ' * 8192)
-                with contextlib.suppress(OSError), open(folder / 'filler', 'wb', buffering=0) as f:
-                    while f.write(b'x' * 4096):
-                        pass
-            pid = start(place, (os.chdir, folder), *job(folder, text))       # its last words are for another disk
-            ok = ended(pid) == 1 and one_sentence(place, word, 'disk')
-            end = (place / 'said').read_text().strip().splitlines()[-1]
-            latest = folder / 'run' / 'latest.pt'
-            at = f'step {grow.load(latest)["at"]["global_step"]} loads' if latest.exists() else 'none yet'
-            ok = ok and not list(folder.glob('run/.*.tmp')) and (what != 'shards' or not list((folder / 'data').iterdir()))
-            make_room()
-            (folder / 'filler').unlink(missing_ok=True)
-            ok = ok and ended(start(folder, *job(folder, text))) == 0 and same(outcome(folder), whole)
-            good[what] += ok
-            good[what, 'all'] += 1
-            say(f'  {what}, {size / 1e6:g} MB: {end.replace(str(folder), "DISK")}; last checkpoint: {at}; with more room {"the same bits" if ok else "NOT the same"}', ok)
-    for what in ('shards', 'checkpoints', 'log.csv'):
-        say(f'disk full while writing {what}: {good[what]} of {good[what, "all"]} ended in one sentence, kept the last good checkpoint and went on to the same bits', good[what] == good[what, 'all'])
+                shutil.copytree(place / 'whole/data', folder / 'data')
+            end = ended(start(folder, *job(folder)))
+            ok = refused(*end) and not list(folder.rglob('.*.tmp'))
+            subprocess.run(['mount', '-o', 'remount,size=1g,nr_inodes=10000', folder], check=True)
+            note(f'disk full: no room for {what}', goes_on(folder, whole) and ok, end[1])
+        finally:
+            subprocess.run(['umount', '-l', folder], check=True)
 
-
-def flip(raw, rng):
-    at = rng.randrange(len(raw))
-    return raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1:]
-
-
-def damages(place, rng, each=60):
-    """Every artefact truncated, with a flipped bit, empty, and in place of it a file of another kind."""
+def damages(place, rng):
+    """Every kind of file with a bit flipped, cut short, empty, and of another kind: the command that reads it
+    must name it in one sentence, end in status 1, and change nothing else."""
     folder = place / 'damaged'
     shutil.copytree(place / 'whole', folder)
-    for name in ('ngrams.txt', 'glyphs.npz'):
-        shutil.copy(HERE.parent / 'interface' / name, folder / name)
-    substrate.NGRAMS, substrate.GLYPHS = folder / 'ngrams.txt', folder / 'glyphs.npz'
-
-    def tensors(path):
-        return {name: t.clone() for name, t in grow.load(path)['model'].items()}
-    def shard(path):
-        with contextlib.redirect_stdout(io.StringIO()):
-            prepare_data.check('tiny', folder / 'data')
-    readers = {
-        'data/tiny/train_000000.npy': shard,
-        'data/tiny/meta.json': lambda path: prepare_data.read_meta(path.parent),
-        'run/latest.pt': tensors, 'run/stage_1.pt': tensors,
-        'ngrams.txt': substrate.read_ngrams, 'glyphs.npz': lambda path: substrate.glyphs().tobytes(),
-    }
-
-    def equal(a, b):
-        return all(torch.equal(a[name], b[name]) if torch.is_tensor(b[name]) else a[name] == b[name] for name in b) if isinstance(b, dict) else a == b
-    with open(HERE / 'faults.py', 'rb') as f:
-        foreign = [f.read(), (HERE / 'idea.png').read_bytes(), b'\0' * 1000]
-    for name, read in readers.items():
+    shutil.copytree(HERE.parent / 'interface', folder / 'interface')
+    substrate.NGRAMS, substrate.GLYPHS = NGRAMS, NGRAMS.with_name('glyphs.npz')
+    check = prepare_data.main, ['--check', 'tiny']
+    for name, call in (('data/tiny/train_000000.bin', check), ('data/tiny/val_000000.bin', check),
+                       ('data/tiny/part_000000.json', check), ('run/latest.pt', (grow.main, RESUME)),
+                       ('run/stage_1.pt', (grow.main, SAMPLE)),
+                       ('interface/ngrams.txt', (cli(substrate.read_ngrams), NGRAMS)),
+                       ('interface/glyphs.npz', (cli(lambda _: substrate.glyphs()), []))):
         path = folder / name
-        whole, seen = path.read_bytes(), Counter()
-        good = read(path)
-        cases = [('flipped', flip(whole, rng)) for _ in range(each)] + [('cut', whole[:rng.randrange(1, len(whole))]) for _ in range(each // 3)]
-        for kind, raw in cases + [('empty', b'')] + [('foreign', raw) for raw in foreign]:
-            path.write_bytes(raw)
-            try:
-                seen[kind, 'harmless' if equal(read(path), good) else 'UNNOTICED'] += 1
-            except substrate.UserError as error:
-                named = path.name in str(error) and '\n' not in str(error)
-                seen[kind, 'refused' if named else 'NOT NAMED'] += 1
-            except Exception as error:
-                seen[kind, f'TRACEBACK {error!r:.80}'] += 1
-        path.write_bytes(whole)
-        bad = any(how not in ('refused', 'harmless') or kind != 'flipped' and how == 'harmless' for kind, how in seen)
-        say(f'damaged {name}: ' + ', '.join(f'{n} {kind} {how}' for (kind, how), n in sorted(seen.items())), not bad)
+        raw = path.read_bytes()
+        cases = [('other files', part) for part in (Path(__file__).read_bytes(), bytes(1000), b'')]
+        cases += [('cut short', raw[:rng.randrange(1, len(raw) - 1)]) for _ in range(16)]
+        for at in rng.sample(range(len(raw)), 40):
+            flipped = bytes([raw[at] ^ 1 << rng.randrange(8)])
+            cases.append(('one bit flipped', raw[:at] + flipped + raw[at + 1:]))
+        for kind, damaged in cases:
+            path.write_bytes(damaged)
+            before = state_of(folder)
+            end = ended(start(folder, call))
+            ok = refused(*end) and (name in end[1] or 'data/tiny' in end[1]) and state_of(folder) == before
+            unnoticed = end[0] == 0 and kind == 'one bit flipped'
+            note(f'{name}: {kind}', 'unnoticed' if unnoticed else ok, end[1])
+        path.write_bytes(raw)
 
+def state_of(folder):
+    """All files in a folder, each with what changes when it is written or replaced."""
+    files = [(path, path.stat()) for path in folder.rglob('*') if path.is_file()]
+    return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in files}
 
-def main():
-    count, seed = (int(given or default) for given, default in zip([*sys.argv[1:], None, None], (20, 0)))
-    with tempfile.TemporaryDirectory(dir='/dev/shm' if Path('/dev/shm').is_dir() else None) as place:      # in memory: no kill is a power cut
+@cli
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=20, help='how many (%(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='of the moments and the damages (%(default)s)')
+    parser.add_argument('--write', action='store_true', help='write results/faults.txt')
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rng, memory = random.Random(args.seed), '/dev/shm' if Path('/dev/shm').is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory) as place:      # in memory: a kill is no power cut
         place = Path(place)
-        rng, text = random.Random(0), place / 'text.txt'
-        text.write_text('\n'.join(' '.join(rng.choices('the cat sat on a mat and saw more cats than mats in that hat'.split(), k=15)) for _ in range(20_000)))
+        (place / 'text.txt').write_text('\n'.join(f'once {rng.random()} times' for _ in range(40_000)))
         (place / 'whole').mkdir()
-        began = time.monotonic()
-        pid = start(place / 'whole', *job(place / 'whole', text))
-        wait_for((place / 'whole' / 'data' / '.tiny.tmp').exists, pid)
-        first = time.monotonic()
-        wait_for((place / 'whole' / 'data' / 'tiny').exists, pid)
-        second = time.monotonic()
-        wait_for((place / 'whole' / 'run').exists, pid)
-        begun = time.monotonic()
-        if ended(pid):
-            sys.exit((place / 'whole' / 'said').read_text())
-        whole, times = outcome(place / 'whole'), (0.9 * (second - first), time.monotonic() - begun)
-        say(f'the job uninterrupted: {time.monotonic() - began:.0f} s, {len(whole[2])} tensors in {len(list((place / "whole" / "run").glob("*.pt")))} checkpoints')
-        if count:
-            kills(place, text, whole, times, count, seed)
-        interrupts(place, text, whole)
-        damages(place, random.Random(seed))
-        full_disks(place, text, whole)
-    say(f'{len(lost)} lost' if lost else 'nothing was lost')
-    (HERE / 'faults.txt').write_text('\n'.join(lines) + '\n')
-    sys.exit(bool(lost))
-
+        status, line = ended(start(place / 'whole', *job(place / 'whole')))
+        assert status == 0, line
+        whole = outcome(place / 'whole')
+        kills(place, whole, args.kills, rng)
+        interrupts(place, whole)
+        full_disks(place, whole)
+        damages(place, rng)
+    text = as_text([dict(fault=fault, **results) for fault, results in sorted(found.items())])
+    print(f'\n{text}')
+    if args.write:
+        with replacing(HERE / 'faults.txt') as path:
+            path.write_text(text)
+    sys.exit(any(results['LOST'] for results in found.values()))
 
 if __name__ == '__main__':
     main()
