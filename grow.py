@@ -775,7 +775,6 @@ def run(c, given):
     here = [version, WORLD, threads, c.device, c.dtype, c.compile, c.micro_batch]
     if state.setdefault('machine', here) != here:
         say(f'note: it began on {state["machine"]}, this is {here}: it goes on, but not to the same bits')
-    Path(c.out).mkdir(parents=True, exist_ok=True)
     with prepare_data.locked(Path(c.out) / f'.lock{RANK}', f'writing to {c.out}'):
         for left in Path(c.out).glob('.*.tmp') if RANK == 0 else ():      # half-written when a run was killed
             left.unlink()
