@@ -1069,6 +1069,7 @@ def test_growing_further_is_resuming_with_more_layers(here, monkeypatch, capsys)
         fails(capsys, ['--resume', '--out', 'run', *words], '--layers', 'stages that have begun')
     torch.save(old | dict(state=old['state'] | dict(phase=2, step=3)), 'run/latest.pt')
     fails(capsys, ['--resume', '--out', 'run', '--data', 'other'], '--data other', 'between two')
+    fails(capsys, ['--resume', '--out', 'run', '--layers', '2'], '--layers 2')
     fails(capsys, ['--resume', '--out', 'run', '--d_model', '64'], '--d_model', '--resume', status=2)
 
 def test_load_model_and_sampling(here, monkeypatch, capsys):
@@ -1096,9 +1097,9 @@ def test_sampling_obeys_its_flags():
         model.head.bias[[substrate.EOS, ord('y')]] = torch.tensor([50.0, 40.0])
     assert said() == '</s>'
     seen, hidden = [], model.hidden
-    model.hidden = lambda idx: seen.append(idx.shape[1]) or hidden(idx)
-    said('y' * 100)
-    assert seen == [16]                                 # the newest context, no more
+    model.hidden = lambda idx: seen.append(idx.tolist()) or hidden(idx)
+    said('0' * 90 + '1' * 16)
+    assert seen == [[[ord('1')] * 16]]                  # the newest context, no more
 
 # ------------------------------ Several processes
 
@@ -1187,7 +1188,7 @@ WRONG = [
     '--layers 0', '--layers x', '--layers -3', '--lr nan', '--lr inf', '--stage_tokens 0', '--temperature 0',
     '--batch_tokens 1.5', '--seed -1', '--birth random', '--lora joint', '--device tpu', '--substrate runes',
     '--substrate binary --d_model 40 --heads 4', '--d_model 30 --heads 4', '--grow_from x', '--resume --plan',
-    '--sample x --layers 3', '--sample x --resume', '--resume --lr 1e-3', '--moe a b --layers 3']
+    '--layers 3 --sample=', '--sample x --resume', '--resume --lr 1e-3', '--moe a b --layers 3']
 
 @pytest.mark.parametrize('words', WRONG)
 def test_wrong_command_lines_end_in_one_sentence(words, tmp_path, monkeypatch, capsys):
