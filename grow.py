@@ -3,12 +3,12 @@ Growing Transformers on a frozen substrate (arXiv 2507.07129), in one file to re
 
 A decoder-only language model whose token embeddings are a fixed function of the token (its glyph, or its
 number), never trained. It grows: train a few blocks, freeze them, append new ones on top, train only those
-and the output layer, repeat. The parameters in training, the *active* ones, stay as many while it deepens.
+and the output layer, repeat. The number of parameters in training, the *active* ones, stays constant.
 Between stages, low-rank adapters may readjust all frozen blocks within the same budget, to be merged away;
-and models grown apart become one by averaging their logits. It is no fast path to a good chat model.
+and models grown apart become one by averaging their logits.
 
     python grow.py                                  # 9 layers in 3 stages, on text that Python brings along
-    python grow.py --layers 9 --substrate unicode   # the same; others: binary, random, learned, FILE
+    python grow.py --layers 9 --substrate unicode   # the same; other substrates: binary, random, learned
     python grow.py --monolithic                     # the baseline: all at once, same data in the same order
     python grow.py --plan --d_model 1024 --heads 32 --context 1024 --stage_ratio 1    # the paper's ledger
     python grow.py --sample "The default value"     # continue a text with the newest model
@@ -201,7 +201,7 @@ def slice_logsumexp(h, weight, bias):
     return slice_logits(h, weight, bias).logsumexp(1)
 
 def slice_gradients(h, weight, bias, logsumexp, g):
-    """What a slice adds to the gradients of h, weight and bias, less the one-hot; g (N,): of the losses."""
+    """Gradients of h, weight, bias through the softmax; the caller subtracts the one-hot. g (N,): of loss."""
     p = ((slice_logits(h, weight, bias) - logsumexp[:, None]).exp() * g[:, None]).to(h.dtype)      # g softmax
     return p @ weight.to(h.dtype), p.T @ h, p.float().sum(0)
 
@@ -243,7 +243,7 @@ class LoRA(nn.Module):
     birth an exact no-op. No extra factor alpha / rank (unpublished; ours)."""
     def __init__(self, linear, rank, random=None):
         super().__init__()
-        self.linear = linear.requires_grad_(False)
+        self.linear = linear
         self.A = nn.Parameter(torch.empty(rank, linear.in_features))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
         if not linear.weight.is_meta:
@@ -291,7 +291,7 @@ def phases(c):
         tokens = c.stage_tokens * (c.stage_ratio if stage > 1 else 1)
         plan.append(Phase('grow', stage, depth, depth - below, max(1, round(tokens / c.batch_tokens))))
         if c.lora == 'interleaved' and stage > 1 or c.lora == 'last' and depth == c.layers:
-            # The largest rank with which the adapters have no more parameters than the blocks of a stage.
+            # The largest rank at which adapters, 16 d rank a block, are no more than a stage's blocks.
             rank = c.layers_per_stage * (12 * c.d_model + 9) // (16 * depth)
             if not rank:
                 raise UserError(f'not even rank 1 on {depth} blocks fits the budget: leave out --lora')
@@ -328,8 +328,8 @@ def count(parameters, active=False):
 
 def flops_per_token(c, phase):
     """Training FLOPs a token, (blocks, head): 2 a multiply-add, attention causal. A trained block costs its
-    forward pass and twice as much backward; a frozen one its forward pass; one with adapters also the way
-    back through it, and the adapters. (HeadLoss computes its logits twice, a third more than is counted.)"""
+    forward pass and twice as much backward; a frozen one its forward pass; with adapters also the way back,
+    and the adapters' own products. (HeadLoss computes its logits twice, a third more than is counted.)"""
     matrices, attention = 2 * 12 * c.d_model**2, 2 * c.context * c.d_model
     untrained = matrices + attention
     if phase.rank:
@@ -410,10 +410,12 @@ def train(model, batches, state, c, amp, moments=None):
     """The main job: grows a model, phase by phase, from where `state` stands. The state is all that a run
     has but weights and optimiser: its place, history and log. `moments`: of the optimiser, in mid-phase."""
     plan, saved, stop = phases(c), time.monotonic(), []
-    if WORLD == 1:
-        # Ctrl-C waits for the end of a step, a second one does not; torchrun ends processes in its own way.
-        signal.signal(signal.SIGINT, lambda *_: stop.append(
-            signal.signal(signal.SIGINT, signal.default_int_handler)))
+
+    def on_ctrl_c(*_):                                # waits for the end of a step; a second one does not
+        stop.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if WORLD == 1:                                    # torchrun ends processes in its own way
+        signal.signal(signal.SIGINT, on_ctrl_c)
     while state['phase'] < len(plan):
         # Enter the phase: new blocks on top, what trains, and an optimiser over exactly that.
         phase = plan[state['phase']]
@@ -452,11 +454,8 @@ def train(model, batches, state, c, amp, moments=None):
                 raise KeyboardInterrupt(f'stopped: go on with --resume --out {c.out}')
 
         # Keep its result: adapters are merged, and the model of the stage is saved.
+        merge_adapters(model.blocks)
         val = validate(model, batches, c, amp)
-        if phase.rank:
-            merge_adapters(model.blocks)
-            say(f'adapters merged; val loss before: {val["val_loss"]:.6f}')
-            val = validate(model, batches, c, amp)
         log(state, c, phase, sizes, val_loss=f'{val["val_loss"]:.5f}')
         state['history'].append(dict(
             phase=phase.kind, stage=phase.stage, layers=phase.depth, rank=phase.rank, **sizes,
@@ -473,11 +472,11 @@ def train_step(model, optimizer, batches, step, c, amp):
     batch = [(x.pin_memory() if c.device == 'cuda' else x).to(c.device, non_blocking=True) for x in batch]
     micro_batches, loss = list(zip(*(x.split(c.micro_batch) for x in batch))), 0.0
     for k, (idx, targets) in enumerate(micro_batches, start=1):
-        # DistributedDataParallel averages the gradients over processes with the last one only.
+        # DistributedDataParallel, if it is one, averages gradients over processes with the last one only.
         model.require_backward_grad_sync = k == len(micro_batches)
         with amp:
             part = model(idx, targets)[1] * (len(idx) * WORLD / batches.rows)
-        # In this thread, whose compiler settings are those of `compile_model`.
+        # In this thread: settings of torch.compile are those of a thread.
         with torch.autograd.set_multithreading_enabled(False):
             part.backward()
         loss += part.detach()
@@ -527,6 +526,7 @@ def validate(model, batches, c, amp):
     """The three units, averaged over the data sets by weight, and the loss of each if there are several."""
     each = [in_units(evaluate(model, d, c, amp), d) for d in batches.datasets]
     val = {unit: float(np.average([e[unit] for e in each], weights=batches.weights)) for unit in each[0]}
+    val['perplexity'] = math.exp(min(val['val_loss'], 700))
     if len(each) > 1:
         val |= {f'val_{d.name}': e['val_loss'] for d, e in zip(batches.datasets, each)}
     return val
@@ -583,8 +583,9 @@ def set_rates(optimizer, c, step, steps):
 
 # torchrun numbers its processes in the environment. Each has the whole model and takes its share of the rows
 # of every batch; the first one speaks and writes.
-RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
+RANK, WORLD, LOCAL_RANK = 0, 1, 0
+if 'MASTER_ADDR' in os.environ:
+    RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
 
 def say(text):
     """Prints, in the first process alone."""
@@ -726,10 +727,10 @@ def configure(argv):
     for job, beside in JOBS.items():
         strays = given.keys() - {job, *beside.split()}
         if given.get(job) not in (None, False) and strays:
-            parser.error(f'--{min(strays)} has no place beside --{job}, which takes {beside}')
+            parser.error(f'--{min(strays)} has no place beside --{job}, which takes: {beside}')
     for name, value in vars(c).items():
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
-            parser.error(f'--{name} {value}: give a finite number above zero')
+        if type(value) in (int, float) and not (0 < value < 2**63 or value == 0 and name in MAY_BE_ZERO):
+            parser.error(f'--{name} {value}: give a number above zero, and below 2^63')
     if c.d_model % (2 * c.heads):
         parser.error(f'--d_model {c.d_model} must be an even multiple of --heads {c.heads}')
     with torch.device('meta'):
@@ -740,14 +741,15 @@ def configure(argv):
 def resumed(c, given):
     """The run in --out -> (its config, with what the flags change, and its checkpoint). --layers and --data
     are for stages to come: raises UserError where they would change what has begun."""
-    out = c.out or newest_out()
-    ckpt = load(out)
+    c.out = c.out or newest_out()
+    ckpt = load(c.out)
     old, state = Config(**ckpt['config']), ckpt['state']
-    new = dataclasses.replace(old, **{name: getattr(c, name) for name in given} | dict(out=out))
+    new = dataclasses.replace(old, **{name: getattr(c, name) for name in {'out', *given}})
     begun = state['phase'] + (state['step'] > 0)
     if phases(new)[:begun] != phases(old)[:begun] or new.data != old.data and state['step']:
-        raise UserError(f'{out} cannot go on with --layers {new.layers} --data {" ".join(new.data)}: stages '
-                        'that have begun stay as they are, and other data come in between two of them')
+        raise UserError(f'{c.out} cannot go on with --layers {new.layers} --data {" ".join(new.data)}: what has '
+                        'begun stays as it is (monolithic, --lora last, a smaller last stage: they end a run), '
+                        'and other data come in between two stages')
     if new.data != old.data:
         del state['data']
     return new, ckpt
@@ -755,12 +757,11 @@ def resumed(c, given):
 def run(c, given):
     """Trains, or goes on training, and prints the stages, baselines that only count, and a sample."""
     c, ckpt = resumed(c, given) if c.resume else (c, None)
-    c.out = c.out or f'out/{1 + max([int(p.name) for p in Path("out").glob("[0-9]*")], default=0):03d}'
+    numbers = [int(path.name) for path in Path('out').glob('*') if path.name.isdecimal()]
+    c.out = c.out or f'out/{max(numbers, default=0) + 1:03d}'
     if not ckpt and any(Path(c.out).glob('*.pt')):
         raise UserError(f'{c.out} holds a run already: go on by --resume, or choose another --out')
     if WORLD > 1:
-        if 'MASTER_ADDR' not in os.environ:
-            raise UserError('WORLD_SIZE in the environment is not set by torchrun: unset it')
         torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if c.device == 'cuda' else 'gloo')
     amp = set_up(c)
     for rank in range(WORLD):                         # one after another: the first may have data to prepare
@@ -776,8 +777,6 @@ def run(c, given):
     if state.setdefault('machine', here) != here:
         say(f'note: it began on {state["machine"]}, this is {here}: it goes on, but not to the same bits')
     with prepare_data.locked(Path(c.out) / f'.lock{RANK}', f'writing to {c.out}'):
-        for left in Path(c.out).glob('.*.tmp') if RANK == 0 else ():      # half-written when a run was killed
-            left.unlink()
         say(f'checkpoints and log go to {c.out}')
         model = (restore(ckpt, c) if ckpt else new_model(c, batches)).to(c.device)
         if not ckpt:
@@ -789,7 +788,7 @@ def run(c, given):
         torch.distributed.destroy_process_group()
     if RANK == 0:
         table(state['history'])
-        compare({}, batches.datasets, c, amp)
+        compare({}, batches.datasets, c, amp)         # baselines alone: the losses are in the table
         print(f'\n--- sample\n{PROMPT}{sample(model, PROMPT, c, amp)}')
         print(f'\nsaved; continue any text by: python grow.py --out {c.out} --sample "The default value"')
 
@@ -812,7 +811,7 @@ def main(argv=None):
         try:
             run(c, given)
         except RuntimeError as error:
-            if 'memory' not in str(error) and 'ALLOC' not in str(error):
+            if not re.search('out of memory|allocate memory|ALLOC_FAILED', str(error)):
                 raise
             raise UserError('out of memory: start again, or --resume, with a smaller --micro_batch') from None
 

@@ -43,7 +43,7 @@ VAL_ONE_IN = 50            # one document in so many is held out: 2%
 SMALLEST = 1_025           # tokens that a split needs: a sequence of the paper's and one target more
 COUNTED = 20_000_000       # tokens that the n-gram baselines count, which still fit into memory
 FILES = 'train_{:06}.bin', 'val_{:06}.bin', 'part_{:06}.json'      # of a part
-ENDINGS = tuple(end + gz for end in ('.txt', '.md', '.py', '.jsonl', '.parquet') for gz in ('', '.gz'))
+ENDINGS = '.parquet', *(end + gz for end in ('.txt', '.md', '.py', '.jsonl') for gz in ('', '.gz'))
 RETRY = Retry(4, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))     # of a request; 1: a second
 HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/') + '/datasets/'
 CORPORA = {                # repository of the hub, pattern of the names of its files, how many there are
@@ -235,7 +235,7 @@ def stdlib_documents():
 def documents_of(path, split_line=None):
     """Yields the column "text" of a .parquet file, the "text" of each line of a .jsonl file, and of any other
     file what is between lines that are `split_line`, or else pieces of whole lines. Raises UserError."""
-    rows, number, held = '.jsonl' in path.name.lower(), 0, ''
+    rows, number, held = path.name.lower().removesuffix('.gz').endswith('.jsonl'), 0, ''
     try:
         if path.suffix.lower() == '.parquet':
             import pyarrow.parquet
@@ -262,7 +262,7 @@ def documents_of(path, split_line=None):
     except UnicodeError:
         raise UserError(f'{path}, line {number}: not UTF-8; try iconv -f ENCODING -t utf-8') from None
     except Exception as error:                         # what is damaged fails in many ways
-        raise UserError(f'{path}, line {number}: damaged, or without a "text" ({error!r})') from None
+        raise UserError(f'{path}, line {number}: missing, damaged or without a "text" ({error!r})') from None
 
 def file_documents(paths, split_line=None):
     """The documents of files, and of those below folders with a known ending, sorted, none hidden."""
@@ -381,15 +381,17 @@ def write_part(folder, k, documents, begun, wanted=None):
 def prepare_parts(name, parts, source, limit=None):
     """Writes the data set data/NAME, a part from each iterable of strings. `source` says where they are from;
     the document with which there are `limit` training tokens is the last. Raises UserError."""
+    if not re.fullmatch(r'\w[\w.-]*', name):
+        raise UserError(f'{name!r} names no data set; use letters, digits, - and _', status=2)
     folder = Path('data', name)
     begun = dict(source=source, limit=limit, tokenizer=tokenizer_fingerprint())
     with locked(folder / '.lock', f'preparing {folder}'):
-        for path in folder.glob('.*.tmp'):             # of somebody who was killed
-            path.unlink()
         done = Dataset(folder).parts if list(folder.glob('train_*.bin')) else []
         if done and not begun.items() <= done[0].items():
             raise UserError(f'{folder} was begun from {done[0]["source"]} with --tokens {done[0]["limit"]}; '
                             'give that command, remove it or take another name')
+        if done:
+            print(f'{folder}: {len(done)} parts are there already; remove it to read their text again')
         for k, documents in enumerate(parts):
             tokens = sum(part['tokens'][0] for part in done)
             if k >= len(done) and (limit is None or tokens < limit):
@@ -444,6 +446,8 @@ def main(argv=None):
     elif args.corpus == 'files':
         source = ' '.join(args.paths) + (f' split at {args.split_line}' if args.split_line else '')
         prepare(args.name, file_documents(args.paths, args.split_line), source)
+    elif args.tokens is not None and args.tokens < 1:
+        parser.error('--tokens must be above zero')
     else:
         prepare_parts(args.corpus, corpus_parts(args.corpus), args.corpus, args.tokens)
 

@@ -175,7 +175,7 @@ def read_table(path, d_model):
     except Exception:                   # of a dozen kinds for a file that is no such table
         rows = torch.tensor(torch.nan)
     if not rows.isfinite().all():
-        raise UserError(f'{path} must hold {VOCAB} x {d_model} finite floats (of numpy.save or torch.save)')
+        raise UserError(f'{path} is missing, or not {VOCAB} x {d_model} finite floats of numpy or torch.save')
     return rows
 
 def substrate(name, d_model, seed=0):
@@ -231,9 +231,8 @@ def cli(main):
 @contextlib.contextmanager
 def replacing(path):
     """Yields a path to write to beside `path`, then renames it: killed half-way, the old file stays whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    beside = Path(path).with_name(f'.{Path(path).name}.tmp')
+    beside.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield beside
         with open(beside, 'rb') as file:
@@ -255,10 +254,11 @@ def sha256_of(path):
     return hashlib.sha256(content).hexdigest()
 
 def table(rows):
-    """Prints dicts of equal keys as an aligned table; integers with thousands separators."""
+    """Prints dicts as an aligned table, a column for each key; integers with thousands separators."""
     def shown(v):
         return f'{v:,}' if isinstance(v, int) else f'{v:.3f}' if isinstance(v, float) else str(v)
-    cells = [list(rows[0])] + [[shown(v) for v in row.values()] for row in rows]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [keys] + [[shown(row.get(key, '')) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print('  '.join(cell.rjust(width) for cell, width in zip(line, widths)))
