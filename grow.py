@@ -747,9 +747,9 @@ def resumed(c, given):
     new = dataclasses.replace(old, **{name: getattr(c, name) for name in {'out', *given}})
     begun = state['phase'] + (state['step'] > 0)
     if phases(new)[:begun] != phases(old)[:begun] or new.data != old.data and state['step']:
-        raise UserError(f'{c.out} cannot go on with --layers {new.layers} --data {" ".join(new.data)}: what has '
-                        'begun stays as it is (monolithic, --lora last, a smaller last stage: they end a run), '
-                        'and other data come in between two stages')
+        raise UserError(f'{c.out} cannot go on with --layers {new.layers} --data {" ".join(new.data)}: what '
+                        'has begun stays as it is (--monolithic, --lora last and a smaller last stage end a '
+                        'run), and other data come in between two stages')
     if new.data != old.data:
         del state['data']
     return new, ckpt
