@@ -117,7 +117,7 @@ def show(text):
     for i in tokenizer().encode_ordinary(text):
         # nothing is lost: all rows are there twice, and the columns of a single character
         pixels = bits[i].reshape(CELL, CELL)[::2, ::2 if len(texts[i]) == 1 else 1]
-        lines = [''.join(' ▀▄█'[k] for k in line).ljust(CELL) for line in pixels[::2] + 2 * pixels[1::2]]
+        lines = [''.join(' ▀▄█'[k] for k in row).ljust(CELL) for row in pixels[::2] + 2 * pixels[1::2]]
         lines[3] += f'  {i:,} = 0x{i:04X}   {readable(texts[i])}'
         others = [f'{readable(texts[k])} 0x{k:04X}' for k in twins.get(i, []) if k != i]
         lines[4] += '  looks like ' + ', '.join(others) if others else ''
@@ -255,10 +255,10 @@ def sha256_of(path):
 
 def table(rows):
     """Prints dicts as an aligned table, a column for each key; integers with thousands separators."""
-    def shown(v):
-        return f'{v:,}' if isinstance(v, int) else f'{v:.3f}' if isinstance(v, float) else str(v)
+    shown = {int: '{:,}', float: '{:.3f}'}
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [keys] + [[shown(row.get(key, '')) for key in keys] for row in rows]
+    values = [[row.get(key, '') for key in keys] for row in rows]
+    cells = [keys] + [[shown.get(type(x), '{}').format(x) for x in line] for line in values]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print('  '.join(cell.rjust(width) for cell, width in zip(line, widths)))

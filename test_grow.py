@@ -192,10 +192,8 @@ def test_glyphs_are_drawn_again_bit_for_bit(bits, tmp_path, monkeypatch):
     __import__('draw_glyphs').main([str(UNIFONT)])
     assert (substrate.glyphs() == bits).all()
 
-def test_damaged_or_other_glyphs_are_refused(tmp_path, monkeypatch):
+def test_other_glyphs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(substrate, 'GLYPHS', tmp_path / 'glyphs.npz')
-    substrate.GLYPHS.write_bytes(b'')
-    refuses('glyphs.npz.*draw_glyphs.py', substrate.glyphs)
     np.savez(substrate.GLYPHS, np.zeros((65_536, 128), np.uint8))
     refuses('glyphs.npz.*draw_glyphs.py', substrate.glyphs)
 
@@ -785,14 +783,13 @@ def test_optimizer_holds_exactly_the_trainable_set():
         assert ('interface.table' in names) == interface_trains
 
 def test_phases_keep_their_tokens_and_the_budget():
-    for ratio, lora in ((0.5, 'none'), (2.0, 'interleaved'), (0.001, 'last')):
+    for ratio, lora, after in ((0.5, 'none', []), (2.0, 'interleaved', [2, 3]), (0.001, 'last', [3])):
         c = config(stage_tokens=6400, layers=5, layers_per_stage=2, stage_ratio=ratio, lora=lora)
         rows = grow.ledger(c)
         assert max(row['active'] for row in rows) <= grow.budget(c)
         grown = [row['tokens'] for row in rows if row['phase'] == 'grow']
         assert grown == [6400, *[max(64, int(6400 * ratio))] * 2]
-        adapted = [(row['stage'], row['tokens']) for row in rows if row['phase'] == 'lora']
-        assert adapted == dict(none=[], interleaved=[(2, 320), (3, 320)], last=[(3, 320)])[lora]
+        assert [(row['stage'], row['tokens']) for row in rows if row['rank']] == [(k, 320) for k in after]
         [mono] = grow.phases(dataclasses.replace(c, monolithic=True))
         assert (mono.depth, mono.trained) == (5, 5) and mono.steps * 64 == sum(row['tokens'] for row in rows)
     with pytest.raises(AssertionError, match='budget'):
@@ -809,12 +806,16 @@ def test_frozen_tensors_keep_their_bytes_over_a_stage(here):
 
 NO_AMP = torch.autocast('cpu', enabled=False)
 
-def test_it_overfits_one_batch_and_the_interface_enters_with_elements_of_about_one():
+def test_it_overfits_one_batch_and_clips_gradients():
     c = config(layers=2, layers_per_stage=2, d_model=64, substrate='random')
     model = model_of(c, blocks=0)
     grow.enter(model, grow.Phase('grow', 1, 2, 2, 20))
     optimizer, batches = grow.make_optimizer(model, c), always_the_batch((ids(4, 16), ids(4, 16, seed=1)))
     losses = [grow.train_step(model, optimizer, batches, k, c, NO_AMP)[0] for k in range(20)]
+    optimizer.register_step_pre_hook(lambda *args: losses.append(
+        torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()))
+    grow.train_step(model, optimizer, batches, 0, config(clip=1e-9), NO_AMP)
+    assert losses.pop() == pytest.approx(1e-9, rel=1e-2)
     assert losses[-1] < 0.5 < 10 < losses[0] and model.scale == 8
     assert model_of(config(), 0).scale == 1             # bits are 0 and 1 already
 
@@ -858,15 +859,6 @@ def test_every_group_has_its_rate_and_matrices_alone_decay():
     for step, factor in ((0, 0.2), (3, 0.8), (4, 1), (14, 0.55), (24, 0.1)):
         grow.set_rates(optimizer, c, step, 24)
         assert [g['lr'] / g['peak'] for g in optimizer.param_groups] == pytest.approx([factor] * 3)
-
-def test_gradients_are_clipped():
-    c = config(clip=1e-3)
-    model, norms = model_of(c), []
-    optimizer, batches = grow.make_optimizer(model, c), always_the_batch((ids(4, 16), ids(4, 16, seed=1)))
-    optimizer.register_step_pre_hook(lambda *args: norms.append(
-        torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()))
-    _, norm = grow.train_step(model, optimizer, batches, 0, c, NO_AMP)
-    assert norm > 1e-2 and norms == [pytest.approx(1e-3, rel=1e-2)]
 
 # ------------------------------ LoRA: within the budget, exact at birth, and gone after the merge
 
@@ -963,8 +955,6 @@ def test_experts_are_compared_on_every_data_set(experts, monkeypatch, capsys):
     assert [row[:2] for row in rows] == [[d, m] for d in ('stdlib', 'other') for m in models]
     loss = grow.evaluate(grow.load_model('b'), prepare_data.Dataset('other'), config(context=8), NO_AMP)
     assert abs(float(rows[7][2]) - loss) < 1e-3
-    grow.main(['--sample', 'cats', '--moe', 'a', 'd', '--length', '5', *tail])
-    assert capsys.readouterr().out.splitlines()[1].startswith('cats')
 
 def test_val_loss_is_weighted_and_in_three_units(here, monkeypatch):
     dataset = prepare_data.Dataset('stdlib')
