@@ -76,7 +76,7 @@ class Config:
     out: str = ''                 # folder of the run; if none is given a new out/NNN, or the newest
     resume: bool = False          # go on where --out stands; a finished run grows deeper with larger --layers
     save_every: float = 1.0       # minutes between checkpoints
-    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'    # or mps
+    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'    # cuda where there is one
     dtype: str = 'auto'           # of matrix products; auto takes bfloat16 where the device has it natively
     compile: bool = True          # torch.compile blocks and loss, where there is a compiler
     plan: bool = False            # print the ledger of parameters, FLOPs and tokens; train nothing
@@ -716,8 +716,9 @@ def configure(argv):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif f.type is tuple:
             kind = dict(nargs='+')
-        default = f'{f.default}, on a GPU {GPU[f.name]}' if f.name in GPU else f.default
-        help = f'{comments[f.name]} ({default})'
+        default = ' '.join(f.default) if f.type is tuple else str(f.default)
+        default += f'; {GPU[f.name]} on a GPU' if f.name in GPU else ''
+        help = f'{comments[f.name]} ({default})' if default else comments[f.name]
         parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, help=help, **kind)
     given = vars(parser.parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
