@@ -106,7 +106,6 @@ def fails(capsys, argv, *words, status=1, main=grow.main):
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(argv)
-    # less a line of progress
     error = re.sub(r'(.*\r[^\n]*\n)?', '', capsys.readouterr().err, count=1, flags=re.DOTALL).strip()
     assert end.value.code == status and error.startswith('error: '), error
     assert 'Traceback' not in error and '\n' not in error, error
@@ -125,7 +124,6 @@ def flipped(whole, rng):
     return bytes(damaged)
 
 # ------------------------------ The interface: tokens, their pictures and their vectors
-
 def test_layout_of_the_vocabulary():
     tokens, grams = substrate.tokenizer(), substrate.read_ngrams()
     assert tokens.n_vocab == substrate.VOCAB == 65_536 and substrate.EOS == 0xE002
@@ -170,8 +168,6 @@ def test_lists_of_ngrams(tmp_path, monkeypatch):
     assert substrate.tokenizer_fingerprint(path) != substrate.tokenizer_fingerprint()
     monkeypatch.setattr(substrate, 'NGRAMS', path)
     refuses('ngrams.txt.*restore it', substrate.read_ngrams, path)
-    monkeypatch.setattr(substrate, 'NGRAM_IDS', range(4))
-    assert substrate.fill_places([['a', 'cc', 'b'], ['bb'], ['a', 'dd']]) == ['bb', 'cc', 'dd', 'a']
 
 @pytest.fixture(scope='session')
 def bits():
@@ -246,7 +242,6 @@ def test_tables_of_files(tmp_path, monkeypatch):
         refuses(f'{name} is missing, or not 65536 x 4', substrate.substrate, name, 4)
 
 # ------------------------------ What all scripts share
-
 @pytest.mark.parametrize('error, status, words', [
     (OSError(28, 'No space left', 'log.csv'), 1, "error: [Errno 28] No space left: 'log.csv'\n"),
     (substrate.UserError('why'), 1, 'error: why\n'), (substrate.UserError('why', 2), 2, 'error: why\n'),
@@ -261,26 +256,13 @@ def test_errors_end_in_one_sentence(error, status, words, monkeypatch, capsys):
         main([])
     assert end.value.code == status and capsys.readouterr().err == words
 
-@pytest.mark.parametrize('error', [OSError('full'), RuntimeError('torch\nmore'), KeyboardInterrupt()])
-def test_replacing_leaves_the_old_or_the_new_file_whole(tmp_path, error):
-    path = tmp_path / 'new/folder/a.txt'
-    with substrate.replacing(path) as beside:
-        beside.write_text('old')
-    with pytest.raises((substrate.UserError, KeyboardInterrupt)) as end, substrate.replacing(path) as beside:
-        beside.write_text('new')
-        raise error
-    assert path.read_text() == 'old' and list(path.parent.iterdir()) == [path] and '\n' not in str(end.value)
-
 def test_digests_and_tables(tmp_path, capsys):
-    assert substrate.digest('a', 1) == substrate.digest('a', '1') != substrate.digest('a1')
-    for text in ('', 'abc'):
-        (tmp_path / 'a').write_text(text)
-        assert substrate.sha256_of(tmp_path / 'a')[:16] == substrate.digest(text)
+    (tmp_path / 'a').write_text('abc')
+    assert substrate.sha256_of(tmp_path / 'a')[:16] == substrate.digest('abc') != substrate.digest('ab', 'c')
     substrate.table([dict(name='a', n=1234), dict(name='long', loss=10.12345, n=5)])
     assert capsys.readouterr().out == 'name      n    loss\n   a  1,234        \nlong      5  10.123\n'
 
 # ------------------------------ prepare_data.py: data sets small enough to look at
-
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
     """A data set of 400 documents in four parts, in an empty working folder."""
@@ -316,8 +298,7 @@ def test_documents_come_back_and_what_a_part_holds_is_counted(dataset):
     other = made_of([*texts(), '', ' \n', None, odd, 'half \ud83d'])
     assert sorted(documents_in(other, 'train', 'val')) == sorted([*texts(), odd, 'half ?'])
     again = prepare_data.Dataset(dataset.folder.absolute())            # a path does for a name
-    assert again.name == 'tiny' and again.fingerprint == dataset.fingerprint
-    assert again.fingerprint != other.fingerprint
+    assert again.fingerprint == dataset.fingerprint != other.fingerprint
 
 def test_commands(dataset, capsys, monkeypatch):
     Path('a.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts()))
@@ -388,7 +369,6 @@ def test_val_is_decided_by_the_document_alone(dataset, monkeypatch):
     assert not shards_of('short')
 
 # ------------------------------ Documents of files
-
 def read(*paths):
     return list(filter(None, prepare_data.file_documents(paths)))
 
@@ -440,7 +420,6 @@ def test_parquet_needs_pyarrow_and_a_column_of_text(tmp_path, monkeypatch):
     refuses('pip install pyarrow', read, path)
 
 # ------------------------------ Batches and baselines
-
 def first_tokens(dataset, split, context):
     """Every sequence of a split, the slow way."""
     return [shard[i:i + context + 1].tolist() for shard in getattr(dataset, split)
@@ -504,7 +483,6 @@ def test_ngram_losses_against_counting_in_dictionaries(dataset, monkeypatch, cou
     assert prepare_data.ngram_losses(dataset, 16, limit=2000) == pytest.approx(nats.tolist(), rel=1e-9)
 
 # ------------------------------ Downloads and corpora, from a server on this machine
-
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `files`; breaks each answer off after `breaks` bytes, if set; `ranges`: can it go on half-way?
     Each of `faults` spoils one answer: a status, or None to hang up."""
@@ -637,7 +615,6 @@ def test_killed_before_any_rename_it_goes_on_to_the_same_shards(hub):
         shutil.rmtree('data/cosmopedia')
 
 # ------------------------------ The README
-
 def test_what_the_readme_names_exists():
     pages = [REPO / 'README.md', REPO / 'results/README.md']
     assert pages[0].stat().st_size <= 12_288
@@ -650,7 +627,6 @@ def test_what_the_readme_names_exists():
             assert flag.removeprefix('no_') in known, command
 
 # ------------------------------ The model: sizes of the paper, to the digit
-
 def test_parameter_counts_of_the_paper(capsys):
     with torch.device('meta'):
         assert grow.count(grow.Block(1024, 32).parameters()) == 12_592_128
@@ -706,7 +682,6 @@ def test_rotary_is_a_rotation_by_position():
     assert torch.allclose(rotated, torch.cat((z.real, z.imag), -1), atol=1e-6)
 
 def test_block_against_torch_reference():
-    """One block against torch's own pre-norm encoder layer, with positions switched off."""
     d, heads = 32, 4
     block = grow.Block(d, heads)
     ref = torch.nn.TransformerEncoderLayer(d, heads, 4 * d, dropout=0.0, activation='gelu', batch_first=True,
@@ -743,7 +718,6 @@ def test_loss_in_slices_equals_cross_entropy(monkeypatch, size):
         assert not p.requires_grad or torch.allclose(found[name], p.grad, atol=1e-6), name
 
 # ------------------------------ Growth: frozen means frozen, and a block is what it says at birth
-
 def test_identity_blocks_change_nothing_at_birth():
     model, x = model_of(config(birth='identity'), blocks=1), ids(2, 16)
     with torch.no_grad():
@@ -861,12 +835,11 @@ def test_every_group_has_its_rate_and_matrices_alone_decay():
         assert [g['lr'] / g['peak'] for g in optimizer.param_groups] == pytest.approx([factor] * 3)
 
 # ------------------------------ LoRA: within the budget, exact at birth, and gone after the merge
-
 def test_lora_budget_of_the_paper():
     c = config(**PAPER | dict(layers=16, lora='interleaved'))
     rows = grow.ledger(c)
     assert max(row['active'] for row in rows) == 104_952_832 == grow.budget(c)
-    adapted = [row for row in rows if row['phase'] == 'lora']
+    adapted = [row for row in rows if row['rank']]
     assert [row['rank'] for row in adapted] == [384, 256, 192, 153, 144]
     for row in adapted:                                 # one rank more would not fit
         assert row['active'] <= grow.budget(c) < row['active'] + 16 * 1024 * row['layers']
@@ -899,8 +872,7 @@ def test_adapters_are_exact_at_birth_and_merge_to_the_same_function():
         for _ in range(2):                              # twice is harmless
             grow.add_adapters(model.blocks, 3, 'test')
         assert torch.equal(before, model(x)) and grow.count(model.parameters()) == count + 3 * 16 * 32 * 3
-        first, second = model.blocks[0].qkv.A, model.blocks[1].qkv.A
-        assert first.std().item() == pytest.approx(32**-0.5, rel=0.2) and not torch.equal(first, second)
+        assert model.blocks[0].qkv.A.std().item() == pytest.approx(32**-0.5, rel=0.2)
         for block in model.blocks:
             for name in grow.LINEARS:
                 getattr(block, name).B.normal_(0, 0.1)
@@ -911,7 +883,6 @@ def test_adapters_are_exact_at_birth_and_merge_to_the_same_function():
     assert list(model.state_dict()) == names and grow.count(model.parameters()) == count
 
 # ------------------------------ Experts on one interface
-
 @pytest.fixture(scope='session')
 def experts(corpus, tmp_path_factory):
     """A folder with experts a, b (wider) and d on one interface, c on another, and two data sets."""
@@ -975,13 +946,11 @@ def test_evaluation_counts_every_token_once(here):
     assert grow.evaluate(model, dataset, c, NO_AMP) == pytest.approx(sum(sums) / 112, abs=1e-5)
 
 # ------------------------------ Checkpoints
-
 def same_weights(a, b):
     a, b = grow.load(f'{a}/latest.pt')['model'], grow.load(f'{b}/latest.pt')['model']
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
-class Crash(Exception):
-    pass
+Crash = type('Crash', (Exception,), {})
 
 def crash_at(monkeypatch, name, at):
     """grow.NAME raises Crash in call number `at`; -> the function that takes it back."""
@@ -1056,8 +1025,7 @@ def test_growing_further_is_resuming_with_more_layers(here, monkeypatch, capsys)
     assert [row['layers'] for row in new['state']['history']] == [1, 2, 3, 4, 5]
     for name, value in old['model'].items():
         assert torch.equal(value, new['model'][name]) or name.startswith(('head', 'norm'))
-    for words in (['--layers', '4'], ['--layers', '2']):
-        fails(capsys, ['--resume', '--out', 'run', *words], '--layers', 'what has begun stays')
+    fails(capsys, ['--resume', '--out', 'run', '--layers', '4'], '--layers', 'what has begun stays')
     torch.save(old | dict(state=old['state'] | dict(phase=2, step=3)), 'run/latest.pt')
     fails(capsys, ['--resume', '--out', 'run', '--data', 'other'], '--data other', 'between two')
     fails(capsys, ['--resume', '--out', 'run', '--layers', '2'], '--layers 2')
@@ -1071,7 +1039,7 @@ def test_load_model_and_sampling(here, monkeypatch, capsys):
     logits, (none, loss) = model(x), model(x, x)
     assert logits.shape == (2, 16, substrate.VOCAB) and none is None and not model.training
     assert torch.allclose(loss, F.cross_entropy(logits.flatten(0, 1), x.flatten()), atol=1e-4)
-    for text in ('Привет', '', '\ud83d', 'x' * 1000):
+    for text in ('', '\ud83d', 'Привет'):
         grow.main(['--sample', text, '--out', 'run', '--length', '9', '--device', 'cpu'])
     assert 'Привет' in capsys.readouterr().out
 
@@ -1082,7 +1050,6 @@ def test_sampling_obeys_its_flags():
         return grow.sample(model, prompt, config(length=20, **changes), contextlib.nullcontext())
     usual = said(top_k=1000)
     assert usual == said(top_k=1000) and usual != said(top_k=1000, seed=1)
-    assert usual != said(top_k=1000, temperature=0.01)
     assert said(top_k=1) == said(top_k=1, seed=2) == said(top_k=10**6, temperature=1e-9)
     with torch.no_grad():
         model.head.bias[[substrate.EOS, ord('y')]] = torch.tensor([50.0, 40.0])
@@ -1093,7 +1060,6 @@ def test_sampling_obeys_its_flags():
     assert seen == [[[ord('1')] * 16]]                  # the newest context, no more
 
 # ------------------------------ Several processes
-
 WORKER = '''
 import os, signal, sys
 sys.path.insert(0, {repo!r})
@@ -1105,8 +1071,7 @@ def step(*args):
         {what}
     return original(*args)
 grow.train_step = step
-if __name__ == '__main__':
-    grow.main()
+grow.main()
 '''
 
 def torchrun(argv, what='pass', at=0):
@@ -1145,7 +1110,6 @@ def test_a_process_that_ends_early_ends_the_others(here, what, words):
     assert grow.load('run')['state']['global_step'] == 12
 
 # ------------------------------ Compilation
-
 def test_ten_stages_compile_without_falling_back_to_eager():
     """Growing recompiles, but every block of every stage runs compiled: dynamo counts what it gave up on."""
     torch._dynamo.reset()
@@ -1174,7 +1138,6 @@ def test_compiled_run_equals_eager(here, monkeypatch, capsys):
     assert c.compile is False and 'no compiler works here' in capsys.readouterr().out
 
 # ------------------------------ Mistakes of users
-
 WRONG = [
     '--layers 0', '--layers x', '--layers -3', '--lr nan', '--lr inf', '--stage_tokens 0', '--temperature 0',
     '--batch_tokens 1.5', '--seed -1', '--birth random', '--lora joint', '--device tpu', '--substrate runes',
@@ -1252,19 +1215,13 @@ def test_a_number_that_is_not_finite_moves_nothing(here, capsys, monkeypatch, nu
     last = grow.load('run/latest.pt')
     assert last['state']['global_step'] == 5 and all(t.isfinite().all() for t in last['model'].values())
 
-@contextlib.contextmanager
-def no_file_over(size):
-    """The kernel refuses to write more into any file: all that a full disk would do, without one."""
+def test_a_full_disk_keeps_the_last_good_checkpoint(here, whole, capsys, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))         # as full as a disk can be
     try:
-        yield
+        fails(capsys, flags(out='run'), 'run/latest.pt', 'could not be written')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-def test_a_full_disk_keeps_the_last_good_checkpoint(here, whole, capsys, monkeypatch):
-    with no_file_over(10_000):
-        fails(capsys, flags(out='run'), 'run/latest.pt', 'could not be written')
     assert not list(Path('run').glob('*.pt'))           # the run is free to start
     original, calls = torch.save, []
 
@@ -1286,9 +1243,6 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(here, whole, capsys, monkeyp
 def test_out_of_memory_is_one_sentence(here, capsys, monkeypatch):
     monkeypatch.setattr(grow, 'train_step', lambda *args: torch.empty(2**60))
     fails(capsys, flags(out='run'), 'out of memory', '--micro_batch')
-    monkeypatch.setattr(grow, 'train_step', lambda *args: torch.ones(2, 3) @ torch.ones(2, 3))
-    with pytest.raises(RuntimeError, match='mat1'):     # what is no mistake of the user's keeps its traceback
-        grow.main(flags(out='other'))
 
 def test_other_data_under_a_run_is_refused(own, capsys):
     ckpt = grow.load('run/stage_1.pt')
@@ -1297,17 +1251,9 @@ def test_other_data_under_a_run_is_refused(own, capsys):
     prepare_data.prepare('stdlib', texts(seed=6), 'made up')
     fails(capsys, ['--resume', '--out', 'run'], 'other text', 'stdlib')
 
-def test_two_runs_on_one_folder(here, capsys, monkeypatch):
-    original, seen = grow.train_step, []
-
-    def step(*args):
-        if not seen:
-            command = [sys.executable, REPO / 'grow.py', *['--resume', '--out', 'run']]
-            seen.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
-        return original(*args)
-    monkeypatch.setattr(grow, 'train_step', step)
-    grow.main(flags(out='run', stage_tokens=64, layers=1))
-    assert seen[0].returncode == 1 and re.match('error: another process.*\n$', seen[0].stderr), seen[0].stderr
+def test_two_runs_on_one_folder(here, capsys):
+    with prepare_data.locked('run/.lock0', 'training'):
+        fails(capsys, flags(out='run'), 'another process is writing to run')
 
 @pytest.mark.parametrize('often, step, words', [(1, 13, 'stopped: go on with --resume --out run'),
                                                 (2, 10, 'interrupted')])
@@ -1337,13 +1283,11 @@ def test_a_pipe_that_nobody_reads(tmp_path):
             assert done.returncode == status and not done.stderr, (end, done)
 
 # ------------------------------ On a GPU: pytest -m cuda -s
-
 def marked_cuda(test):
     return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')(test))
 
 @marked_cuda
 def test_cuda_uses_the_flash_kernel():
-    """Forward and backward, after set_up and without being forced to."""
     c = config(d_model=64, context=128, device='cuda', dtype='bfloat16')
     amp, model = grow.set_up(c), model_of(c).cuda()
     with torch.profiler.profile() as profile, amp:
@@ -1353,7 +1297,6 @@ def test_cuda_uses_the_flash_kernel():
 
 @marked_cuda
 def test_cuda_twenty_steps_at_paper_size():
-    """Prints what a GPU does with the paper's model: the last of three grown stages."""
     c = config(**PAPER | dict(substrate='random', device='cuda', dtype='bfloat16', compile=True, lr=6e-4,
                               micro_batch=16, batch_tokens=16 * 1024, head_lr=6e-4))
     amp, model = grow.set_up(c), model_of(c, blocks=0).cuda()
@@ -1361,18 +1304,14 @@ def test_cuda_twenty_steps_at_paper_size():
     grow.compile_model(model)
     optimizer = grow.make_optimizer(model, c)
     batches = always_the_batch((ids(16, 1024), ids(16, 1024, seed=1)))
-    torch.cuda.reset_peak_memory_stats()
     losses = [grow.train_step(model, optimizer, batches, k, c, amp)[0] for k in range(5)]
     start = time.perf_counter()
     losses += [grow.train_step(model, optimizer, batches, k, c, amp)[0] for k in range(20)]
     speed = 20 * c.batch_tokens / (time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    name = torch.cuda.get_device_name()
-    print(f'\n{name}: {speed:,.0f} tokens/s, {peak:.1f} GiB, loss {losses[0]:.3f} -> {losses[-1]:.3f}')
+    print(torch.cuda.get_device_name(), f'{speed:,.0f} tokens/s', torch.cuda.max_memory_allocated(), 'bytes')
     assert losses[-1] < losses[0]
 
 # ------------------------------ Evaluation
-
 class Knowing:
     """A model that goes on with logits(text so far), {character: logit}, 0 for all others."""
     def __init__(self, logits, context=512):
@@ -1547,7 +1486,6 @@ def test_bad_lines_of_csv_are_named(mmlu):
         refuses('anatomy_test.csv, line 3', eval_mmlu.read_task, 'mmlu', mmlu)
 
 # ------------------------------ Pictures of results/
-
 def test_the_pictures_are_drawn(here, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     monkeypatch.syspath_prepend(REPO / 'results')
@@ -1558,4 +1496,3 @@ def test_the_pictures_are_drawn(here, monkeypatch, capsys):
         assert Path('new/a.png').read_bytes()[:4] == b'\x89PNG'
         os.remove('new/a.png')
     fails(capsys, ['loss', 'nowhere'], 'nowhere/log.csv', main=pictures.main)
-
