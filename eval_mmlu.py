@@ -31,8 +31,7 @@ from substrate import EOS, Parser, UserError, cli, digest, replacing, sha256_of,
 # ------------------------------------------------------------------------------------------------------------
 # Questions. Tasks and prompts are the paper's (section 4). Archives are read where they lie, never unpacked
 
-# SQuAD has no letters, and its key is the list of right answers
-Question = namedtuple('Question', 'subject index prompt letters key')
+Question = namedtuple('Question', 'subject index prompt letters key')   # SQuAD: no letters, key: all answers
 
 @contextlib.contextmanager
 def reading(name, reader=None):
@@ -60,6 +59,7 @@ def read_files(where, pattern):
     return {path: files[path].removeprefix(b'\xef\xbb\xbf') for path in sorted(files)}
 
 def choice_prompt(question, options, between):
+    """The paper's prompt: a question and its lettered options, strings, with `between` before each."""
     lettered = [f'{letter}) {option}' for letter, option in zip(string.ascii_uppercase, options)]
     return between.join([f'Question: {question}\nOptions:', *lettered]) + '\nAnswer:'
 
@@ -113,8 +113,7 @@ def read_task(task, data=None, shots=0):
     read, pattern, kept, url = TASKS[task]
     where = Path(data) if data else download(url, Path('data', kept), MMLU_SHA256 if task == 'mmlu' else None)
     files = read_files(where, pattern)
-    paths = [path for path in files if path.match(pattern)]
-    questions = []
+    questions, paths = [], [path for path in files if path.match(pattern)]
     for path in paths if task == 'mmlu' else paths[:1]:
         subject = path.name.removesuffix('_test.csv') if task == 'mmlu' else task
         dev = path.parent.parent / 'dev' / f'{subject}_dev.csv'
@@ -227,6 +226,7 @@ def targets(outs, task, all_stages=False, limit=None):
 
 @cli
 def main(argv=None):
+    """The command line: scores each OUT, every stage of one, or the merge of several."""
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -800,6 +800,7 @@ def main(argv=None):
     if c.plan:
         print_plan(c)
     elif 'sample' in given:
+        c.compile = False                             # `sample` is eager, so no compiler need be tried
         amp = set_up(c)
         model = merge_experts(c.moe, c.device) if c.moe else load_model(c.out or newest_out(), c.device)
         print(c.sample + sample(model, c.sample, c, amp))

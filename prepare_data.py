@@ -358,24 +358,28 @@ def write_part(folder, k, documents, begun, wanted=None):
     """Writes part k, up to the document with which it has `wanted` training tokens; -> its record, which is
     `begun` and what was counted. Raises UserError if the first part has too few tokens."""
     train, val, record = [folder / file.format(k) for file in FILES]
-    tokens, text_bytes, counts = [0, 0], [0, 0], np.zeros((2, VOCAB), np.int64)        # training, validation
+    tokens, val_bytes, counts = [0, 0], 0, np.zeros(VOCAB, np.int64)       # tokens: training, validation
     # They are renamed in the order val, record, train.
     with replacing(train) as new_train, replacing(record) as new_record, replacing(val) as new_val:
         with open(new_train, 'wb') as train_file, open(new_val, 'wb') as val_file:
             for held_out, n_bytes, ids in progress(encoded(documents), f'{folder}, part {k + 1}',
                                                    lambda item: len(item[2]) / 1e6, 'M tokens'):
-                (val_file if held_out else train_file).write(ids)
                 tokens[held_out] += len(ids)
-                text_bytes[held_out] += n_bytes
-                np.add.at(counts[int(held_out)], ids, 1)
+                if held_out:
+                    val_file.write(ids)
+                    val_bytes += n_bytes
+                else:
+                    train_file.write(ids)
+                    np.add.at(counts, ids, 1)
                 if wanted and tokens[0] >= wanted:
                     break
         if k == 0 and min(tokens) < SMALLEST:
             raise UserError('{:,} training and {:,} validation tokens are less than {:,}; give more text, of '
                             'which one document in {} is held out'.format(*tokens, SMALLEST, VAL_ONE_IN))
-        part = begun | dict(tokens=tokens, val_bytes=text_bytes[1], counts=counts[0].tolist(),
+        part = begun | dict(tokens=tokens, val_bytes=val_bytes, counts=counts.tolist(),
                             sha256=[sha256_of(new_train), sha256_of(new_val)])
-        new_record.write_text(f'{json.dumps(part)}\n{digest(json.dumps(part))}')
+        text = json.dumps(part)
+        new_record.write_text(f'{text}\n{digest(text)}')
     return part
 
 def prepare_parts(name, parts, source, limit=None):

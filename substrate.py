@@ -132,7 +132,6 @@ RANDOM_SEED = 250707129                 # of its own: --seed must not change the
 class Substrate(torch.nn.Module):
     """Gives tokens their vectors: (B, T) int64 -> (B, T, d_model). `substrate` fills it, or a checkpoint. Its
     table is (65536, d_model) float32, for 'binary' (65536, 16), and takes gradients for 'learned' alone."""
-
     def __init__(self, name, d_model):
         super().__init__()
         self.name, self.d_model = str(name), d_model
@@ -265,6 +264,7 @@ def table(rows):
 
 @cli
 def main(argv=None):
+    """The command line: describes the interface, shows a text's tokens, or lists those that look alike."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--show', metavar='TEXT', help='print the tokens of TEXT, as a model sees them')
     parser.add_argument('--homoglyphs', action='store_true', help='list the tokens that look like others')
