@@ -17,6 +17,8 @@ and models grown apart become one by averaging their logits.
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import gc
 import inspect
@@ -49,29 +51,30 @@ class Config:
     layers_per_stage: int = 3     # blocks that a stage appends and trains; the last stage takes the remainder
     monolithic: bool = False      # train all layers at once, on as many tokens: the baseline
     substrate: str = 'unicode'    # token interface: unicode, binary, random, learned, or a .npy or .pt file
-    d_model: int = 256            # width
-    heads: int = 8                # attention heads; d_model / heads must be even
-    context: int = 64             # tokens that the model sees at once
-    birth: str = 'identity'       # later blocks: exact no-ops (identity), or copies of those below (stack)
+    d_model: int = 128            # width
+    heads: int = 4                # attention heads; d_model / heads must be even
+    context: int = 128            # tokens that the model sees at once
+    head: str = 'seen'            # output rows for tokens that occur in --data (seen), or for all (full)
+    birth: str = 'stack'          # later blocks: copies of those below (stack), or exact no-ops (identity)
+    muon: bool = True             # trial
     # the training
     data: tuple = ('stdlib',)     # data sets made by prepare_data.py, mixed in whole-number parts: ru:3 en:1
-    stage_tokens: int = 327_680   # training tokens of the first stage
-    stage_ratio: float = 0.1      # tokens of each later stage over those of the first
-    batch_tokens: int = 512       # tokens of an optimiser step, cut to whole sequences
-    micro_batch: int = 8          # at most so many sequences pass the model at once; their gradients add up
-    lr: float = 3e-3              # peak learning rate of the blocks
-    head_lr: float = 1e-2         # peak learning rate of the output layer
-    lr_later: float = 1e-3        # peak learning rate of the blocks in every later phase
-    head_lr_later: float = 5e-4   # the same of the output layer, which is trained already
-    warmup: int = 10              # steps of linear warm-up in every phase; then a cosine to a tenth
-    weight_decay: float = 0.1     # AdamW weight decay of matrices in blocks
+    stage_tokens: int = 2_000_000  # training tokens of the first stage
+    stage_ratio: float = 0.5      # tokens of each later stage over those of the first
+    batch_tokens: int = 2048      # tokens of an optimiser step, cut to whole sequences
+    micro_batch: int = 16         # at most so many sequences pass the model at once; their gradients add up
+    lr: float = 3e-3              # peak learning rate of the matrices in blocks, by Muon
+    adam_lr: float = 4e-3         # of the output layer, LayerNorms and biases, by AdamW
+    lr_later: float = 0.7         # both rates are so many times lower in every later phase
+    warmup: int = 30              # steps of linear warm-up in every phase; then a cosine to a tenth
+    weight_decay: float = 0.1     # of matrices in blocks
     clip: float = 1.0             # largest gradient norm
-    eval_tokens: int = 32_768     # validate on the first so many tokens of the val split, always the same
+    eval_tokens: int = 10**12     # validate on the first so many tokens of the val split, always the same
     seed: int = 0                 # of weights at birth, data order and sampling
     # adapters
     lora: str = 'none'            # LoRA phases: after every stage from the second (interleaved), or the last
     lora_tokens: int = 131_072    # training tokens of a LoRA phase
-    lora_lr: float = 1e-3         # peak learning rate of adapters
+    lora_lr: float = 2e-3         # peak learning rate of adapters
     # the run
     out: str = ''                 # folder of the run; if none is given a new out/NNN, or the newest
     resume: bool = False          # go on where --out stands; a finished run grows deeper with larger --layers
@@ -87,9 +90,9 @@ class Config:
     top_k: int = 40               # sample among so many of the likeliest tokens
 
 # What changes on a GPU: the paper's model.
-GPU = dict(d_model=1024, heads=32, context=1024, stage_tokens=4_194_304, stage_ratio=1.0, batch_tokens=32_768,
-           micro_batch=16, lr=6e-4, head_lr=6e-4, lr_later=6e-4, head_lr_later=6e-4, lora_tokens=4_194_304,
-           lora_lr=6e-4, eval_tokens=10**12, save_every=10.0)
+GPU = dict(d_model=1024, heads=32, context=1024, head='full', stage_tokens=4_194_304, stage_ratio=1.0,
+           batch_tokens=32_768, micro_batch=16, lr=6e-4, adam_lr=6e-4, lr_later=1.0, lora_tokens=4_194_304,
+           lora_lr=6e-4, save_every=10.0)
 
 # ------------------------------------------------------------------------------------------------------------
 # Model: a pre-norm decoder with rotary positions (paper section 3; pre-norm, eps, weights at birth are ours)
@@ -98,6 +101,14 @@ def rotate(x, cos, sin):
     """Rotary position embedding, half-split pairing. x: B, H, T, D; cos, sin: T, D/2."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+def attention(q, k, v):
+    """Causal attention of q, k, v: B, H, T, D; flash attention on CUDA. On a CPU it is computed in float32,
+    in which its backward pass takes a quarter to a sixth of the time that it takes in bfloat16."""
+    if q.is_cpu:
+        with torch.autocast('cpu', enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream: 12 d^2 + 9 d parameters."""
@@ -115,8 +126,7 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # each B, H, T, D
         cos, sin = cos[:T].to(q.dtype), sin[:T].to(q.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)             # flash attention on CUDA
+        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -132,16 +142,52 @@ def generator(*of):
     """A random generator that depends on `of` alone, so that a resumed run need not remember any."""
     return torch.Generator().manual_seed(int(digest(*of)[:15], 16))
 
+UNSEEN = -25.0   # logit of a token without a row: at birth all of them have one millionth of the mass
+
+class Head(nn.Module):
+    """The output layer: a row for each token of `ids`, and for all others the constant logit UNSEEN, so that
+    the softmax is always over all V = 65,536 tokens (ours: the paper has a row for each).
+
+    head(h) -> logits (..., V); head(h, targets) -> mean loss in nats over targets (N,), -100 not counted."""
+    def __init__(self, d_model, ids):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(ids), d_model))
+        self.bias = nn.Parameter(torch.zeros(len(ids)))
+        self.register_buffer('ids', ids)
+        self.register_buffer('row', torch.full((VOCAB,), len(ids)), persistent=False)    # of each token
+        self.row[ids] = torch.arange(len(ids))
+
+    def forward(self, h, targets=None):
+        logits, others = F.linear(h, self.weight, self.bias).float(), VOCAB - len(self.ids)
+        if targets is None:
+            return F.pad(logits, (0, 1), value=UNSEEN)[..., self.row]
+        if not others:
+            return F.cross_entropy(logits, targets)
+        # All tokens without a row are one more column; each of them gets an equal share of its probability.
+        logits = F.pad(logits, (0, 1), value=UNSEEN + math.log(others))
+        rows = torch.where(targets < 0, targets, self.row[targets])
+        share = (rows == len(self.ids)).sum() / (rows >= 0).sum()
+        return F.cross_entropy(logits, rows) + share * math.log(others)
+
+    @torch.no_grad()
+    def with_rows(self, ids, bias=UNSEEN):
+        """A head with a row for each of `ids`, which include its own; new rows are zero, their bias `bias`: a
+        number, or one for each of `ids`. As long as that is UNSEEN, it is the same function."""
+        head = Head(self.weight.shape[1], ids)
+        mine = torch.isin(ids, self.ids)
+        head.bias.add_(bias)
+        head.weight[mine], head.bias[mine] = self.weight, self.bias
+        return head
+
 class GrowingTransformer(nn.Module):
     """A token interface, blocks (none yet: `append` adds them on top), a final LayerNorm, an untied head.
 
     model(idx) -> logits (B, T, V); model(idx, targets) -> (None, mean loss in nats); both int64 (B, T)."""
-    def __init__(self, config, interface):
+    def __init__(self, config, interface, ids=()):
         super().__init__()
         self.config, self.interface, self.blocks = config, interface, nn.ModuleList()
         self.norm = nn.LayerNorm(config.d_model)
-        self.head = nn.Linear(config.d_model, VOCAB)
-        self.slices = slice_logsumexp, slice_gradients
+        self.head = Head(config.d_model, torch.as_tensor(ids, dtype=torch.int64))
         half = config.d_model // config.heads // 2
         angle = torch.outer(torch.arange(config.context), 10_000.0 ** (-torch.arange(half) / half))   # T, D/2
         self.register_buffer('cos', angle.cos(), persistent=False)
@@ -174,64 +220,19 @@ class GrowingTransformer(nn.Module):
         h = self.hidden(idx)
         if targets is None:
             return self.head(h)
-        h, targets = h.flatten(0, 1), targets.flatten()
-        loss = HeadLoss.apply(h, self.head.weight, self.head.bias, targets, *self.slices)
-        return None, loss / (targets != -100).sum()
+        return None, self.head(h.flatten(0, 1), targets.flatten())
 
-def new_model(c, batches):
-    """A model without blocks. Its head is born as a unigram model (ours): weights zero, and a bias of the log
-    frequencies of the training tokens, which saves the steps that would go into learning them."""
-    model = GrowingTransformer(c, substrate(c.substrate, c.d_model, seed=c.seed))
-    with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.bias.copy_(prepare_data.unigram_log_probs(batches.datasets, batches.weights))
-    return model
+def ids_in(batches, c):
+    """The tokens that get a row of the head: all, or those that occur in the training splits."""
+    seen = sum(torch.from_numpy(dataset.counts) for dataset in batches.datasets)
+    return torch.arange(VOCAB) if c.head == 'full' else seen.nonzero().flatten()
 
-# ------------------------------------------------------------------------------------------------------------
-# The head's loss, slice by slice of the vocabulary: B x T x 65,536 logits never exist at once
-
-SLICE = 4096   # tokens of the vocabulary at a time: they stay in a CPU's cache and spare a GPU's memory
-
-def slice_logits(h, weight, bias):
-    """h (N, d), weight (S, d), bias (S,) of a slice of the head -> its logits (N, S) in float32."""
-    return F.linear(h, weight.to(h.dtype), bias.to(h.dtype)).float()
-
-def slice_logsumexp(h, weight, bias):
-    """-> log sum exp of the logits of a slice (N,)."""
-    return slice_logits(h, weight, bias).logsumexp(1)
-
-def slice_gradients(h, weight, bias, logsumexp, g):
-    """Gradients of h, weight, bias through the softmax; the caller subtracts the one-hot. g (N,): of loss."""
-    p = ((slice_logits(h, weight, bias) - logsumexp[:, None]).exp() * g[:, None]).to(h.dtype)      # g softmax
-    return p @ weight.to(h.dtype), p.T @ h, p.float().sum(0)
-
-class HeadLoss(torch.autograd.Function):
-    """Sum of the cross-entropies (nats) of h (N, d) under the head, weight (V, d) and bias (V,), for targets
-    (N,); -100 does not count. It computes the logits twice, for log sum exp and gradient: softmax - one-hot.
-    The two functions above come as arguments, since `compile_model` puts compiled ones in their place."""
-
-    @staticmethod
-    def forward(ctx, h, weight, bias, targets, slice_logsumexp, slice_gradients):
-        device = h.device.type
-        x = h.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype)
-        slices = zip(weight.split(SLICE), bias.split(SLICE))
-        logsumexp = torch.stack([slice_logsumexp(x, w, b) for w, b in slices]).logsumexp(0)      # N
-        counted, targets = targets != -100, targets.clamp(min=0)
-        ctx.save_for_backward(h, x, weight, bias, targets, counted, logsumexp)
-        ctx.slice_gradients = slice_gradients
-        return ((logsumexp - (h * weight[targets]).sum(1) - bias[targets]) * counted).sum()
-
-    @staticmethod
-    def backward(ctx, g):
-        h, x, weight, bias, targets, counted, logsumexp = ctx.saved_tensors
-        g = g * counted                                                                          # N
-        to_h, to_weight, to_bias = -g[:, None] * weight[targets], torch.empty_like(weight), bias.clone()
-        for first in range(0, len(bias), SLICE):
-            at = slice(first, first + SLICE)
-            part, to_weight[at], to_bias[at] = ctx.slice_gradients(x, weight[at], bias[at], logsumexp, g)
-            to_h += part
-        to_weight.index_add_(0, targets, -g[:, None] * h)
-        return to_h, to_weight, to_bias.index_add_(0, targets, -g), None, None, None
+def add_rows(model, batches):
+    """Gives the head a row for each token that has none yet, born as a unigram model (ours): weights zero,
+    and as bias the log frequency in the training text, which saves the steps that learning it would take."""
+    ids = torch.cat([model.head.ids, ids_in(batches, model.config)]).unique()
+    frequencies = prepare_data.unigram_log_probs(batches.datasets, batches.weights)
+    model.head = model.head.with_rows(ids, frequencies[ids])
 
 # ------------------------------------------------------------------------------------------------------------
 # LoRA: a frozen linear layer learns a low-rank correction, which is then merged away (paper section 4)
@@ -312,39 +313,39 @@ def enter(model, phase):
         add_adapters(model.blocks, phase.rank, model.config.seed, phase.stage)
         for name, p in model.blocks.named_parameters():
             p.requires_grad_(name.endswith(('.A', '.B')))
-    over = count(model.parameters(), active=True) - budget(model.config)
+    over = count(model.parameters(), active=True) - budget(model.config, len(model.head.ids))
     assert over <= 0 or model.config.monolithic, f'{phase} exceeds the budget by {over:,} active parameters'
     if phase.kind == 'grow' and phase.stage == 1:
         model.interface.requires_grad_(model.interface.name == 'learned')
 
-def budget(c):
-    """The most parameters that may train at a time: a stage's blocks, the head and the final LayerNorm."""
+def budget(c, rows):
+    """The most parameters that may train at a time: blocks of a stage, rows of the head, final LayerNorm."""
     d = c.d_model
-    return c.layers_per_stage * (12 * d * d + 9 * d) + d * VOCAB + VOCAB + 2 * d
+    return c.layers_per_stage * (12 * d * d + 9 * d) + (d + 1) * rows + 2 * d
 
 def count(parameters, active=False):
     """Number of parameters in all, or of the active (trainable) ones."""
     return sum(p.numel() for p in parameters if p.requires_grad or not active)
 
-def flops_per_token(c, phase):
+def flops_per_token(c, phase, rows):
     """Training FLOPs a token, (blocks, head): 2 a multiply-add, attention causal. A trained block costs its
     forward pass and twice as much backward; a frozen one its forward pass; with adapters also the way back,
-    and the adapters' own products. (HeadLoss computes its logits twice, a third more than is counted.)"""
+    and the adapters' own products."""
     matrices, attention = 2 * 12 * c.d_model**2, 2 * c.context * c.d_model
     untrained = matrices + attention
     if phase.rank:
         untrained += matrices + 2 * attention + 3 * 2 * 16 * c.d_model * phase.rank
     blocks = untrained * (phase.depth - phase.trained) + 3 * (matrices + attention) * phase.trained
-    return blocks, 3 * 2 * c.d_model * VOCAB
+    return blocks, 3 * 2 * c.d_model * rows
 
-def ledger(c):
+def ledger(c, head_rows=VOCAB):
     """One dict a phase: what is frozen, trains, costs. The training code itself says, on the meta device."""
     rows = []
     with torch.device('meta'):
-        model = GrowingTransformer(c, Substrate(c.substrate, c.d_model))
+        model = GrowingTransformer(c, Substrate(c.substrate, c.d_model), torch.arange(head_rows))
         for phase in phases(c):
             enter(model, phase)
-            blocks, head = flops_per_token(c, phase)
+            blocks, head = flops_per_token(c, phase, head_rows)
             rows.append(dict(
                 phase=phase.kind, stage=phase.stage, layers=phase.depth, frozen=phase.depth - phase.trained,
                 trained=phase.trained, rank=phase.rank, active=count(model.parameters(), active=True),
@@ -353,11 +354,11 @@ def ledger(c):
             merge_adapters(model.blocks)
     return rows
 
-def print_plan(c):
+def print_plan(c, head_rows):
     """The ledger of this run, of the monolithic model, and of that with a trainable embedding."""
     for title, changes in (('grown', dict(monolithic=False)), ('monolithic', dict(monolithic=True)),
                            ('monolithic, trainable embedding', dict(monolithic=True, substrate='learned'))):
-        rows = ledger(dataclasses.replace(c, **changes))
+        rows = ledger(dataclasses.replace(c, **changes), head_rows)
         table(rows)
         blocks, head = (sum(r[kind] * r['tokens'] for r in rows) for kind in ('block_flops', 'head_flops'))
         print(f'{title}: {blocks + head:.3g} training FLOPs, of them {blocks:.3g} in blocks\n')
@@ -372,11 +373,13 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         n = len(experts)
         self.config = dataclasses.replace(experts[0].config, context=min(e.config.context for e in experts))
-        self.head = nn.Linear(sum(e.config.d_model for e in experts), VOCAB)
+        ids = torch.cat([e.head.ids for e in experts]).unique()
+        heads = [e.head.with_rows(ids) for e in experts]
+        self.head = Head(sum(e.config.d_model for e in experts), ids)
         with torch.no_grad():
-            self.head.weight.copy_(torch.cat([e.head.weight / n for e in experts], dim=1))
-            self.head.bias.copy_(sum(e.head.bias for e in experts) / n)
-        self.experts, self.slices = nn.ModuleList(experts), experts[0].slices
+            self.head.weight.copy_(torch.cat([head.weight / n for head in heads], dim=1))
+            self.head.bias.copy_(sum(head.bias for head in heads) / n)
+        self.experts = nn.ModuleList(experts)
         self.blocks = [block for e in experts for block in e.blocks]
         for e in experts:
             e.head, e.interface.table = None, experts[0].interface.table
@@ -424,9 +427,10 @@ def train(model, batches, state, c, amp, moments=None):
             compile_model(model)
         # This is blind to blocks appended later, so it too is made anew.
         ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
-        optimizer = make_optimizer(model, c, later=state['phase'] > 0)
+        optimizers = make_optimizers(model, c, later=state['phase'] > 0)
         if state['step']:
-            optimizer.load_state_dict(moments)
+            for optimizer, its_state in zip(optimizers, moments):
+                optimizer.load_state_dict(its_state)
         parameters = list(model.parameters())
         sizes = dict(active_params=count(parameters, active=True), total_params=count(parameters))
         say(f'{phase}: {sizes["active_params"]:,} of {sizes["total_params"]:,} parameters are active')
@@ -435,8 +439,8 @@ def train(model, batches, state, c, amp, moments=None):
         logged = state['step'], state['seconds']
         while state['step'] < phase.steps:
             clock = time.monotonic()
-            set_rates(optimizer, c, state['step'], phase.steps)
-            loss, norm = train_step(ddp, optimizer, batches, state['global_step'], c, amp)
+            set_rates(optimizers, c, state['step'], phase.steps)
+            loss, norm = train_step(ddp, optimizers, batches, state['global_step'], c, amp)
             state['step'] += 1
             state['global_step'] += 1
             state['seconds'] += time.monotonic() - clock
@@ -445,10 +449,10 @@ def train(model, batches, state, c, amp, moments=None):
                 to_go = (sum(p.steps for p in plan) - state['global_step']) * c.batch_tokens
                 logged = state['step'], state['seconds']
                 log(state, c, phase, sizes, train_loss=f'{loss:.5f}', norm=f'{norm:.3f}',
-                    lr=f'{optimizer.param_groups[0]["lr"]:.3e}', tokens_per_s=f'{speed:.0f}',
+                    lr=f'{groups_of(optimizers)[0]["lr"]:.3e}', tokens_per_s=f'{speed:.0f}',
                     left=timedelta(seconds=int(to_go / speed)))
             if stop or time.monotonic() - saved > 60 * c.save_every:
-                save('latest.pt', c, model, state, optimizer)
+                save('latest.pt', c, model, state, optimizers)
                 saved = time.monotonic()
             if stop:
                 raise KeyboardInterrupt(f'stopped: go on with --resume --out {c.out}')
@@ -465,7 +469,7 @@ def train(model, batches, state, c, amp, moments=None):
         save('latest.pt', c, model, state)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def train_step(model, optimizer, batches, step, c, amp):
+def train_step(model, optimizers, batches, step, c, amp):
     """One optimiser step on global batch number `step`, of which each process takes its share of the rows; ->
     (loss, gradient norm) of the whole batch. Raises UserError, with nothing updated, if one is not finite."""
     batch = batches.batch(step, rows=slice(RANK, None, WORLD))
@@ -480,14 +484,14 @@ def train_step(model, optimizer, batches, step, c, amp):
         with torch.autograd.set_multithreading_enabled(False):
             part.backward()
         loss += part.detach()
-    trained = [p for group in optimizer.param_groups for p in group['params']]
-    norm = nn.utils.clip_grad_norm_(trained, c.clip).item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip).item()
     loss = over_processes(loss.item()) / WORLD
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(f'loss {loss}, gradient norm {norm} in step {step + 1}: nothing was updated, '
                         f'{c.out}/latest.pt is good; start again with a lower --lr')
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
 def log(state, c, phase, sizes, **row):
@@ -560,25 +564,38 @@ def sample(model, text, c, amp):
 # ------------------------------------------------------------------------------------------------------------
 # Optimiser, device, processes
 
-def make_optimizer(model, c, later=False):
-    """AdamW over exactly what trains, a fresh one for every phase: no stale momentum moves what is frozen."""
-    lr, head_lr = (c.lr_later, c.head_lr_later) if later else (c.lr, c.head_lr)
-    matrices, vectors = dict(params=[], lr=lr, weight_decay=c.weight_decay), dict(params=[], lr=lr)
-    adapters, head = dict(params=[], lr=c.lora_lr), dict(params=[], lr=head_lr)
+def make_optimizers(model, c, later=False):
+    """Muon for the matrices of blocks, AdamW for all else, over exactly what trains; fresh ones for every
+    phase, so that no stale momentum moves what is frozen. A LoRA phase has nothing for Muon."""
+    matrices, adapters, rest, scale = [], [], [], c.lr_later if later else 1.0
     for name, p in model.named_parameters():
-        group = matrices if name.startswith('blocks') and p.dim() == 2 else vectors
-        group = adapters if name.endswith(('.A', '.B')) else head if name.startswith('head') else group
+        kind = matrices if name.startswith('blocks') and p.dim() == 2 else rest
+        kind = adapters if name.endswith(('.A', '.B')) else kind
         if p.requires_grad:
-            group['params'].append(p)
-    groups = [dict(g, peak=g['lr']) for g in (matrices, adapters, head, vectors) if g['params']]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+            kind.append(p)
+    groups = [dict(params=rest, lr=c.adam_lr * scale), dict(params=adapters, lr=c.lora_lr)]
+    if not c.muon:
+        groups.append(dict(params=matrices, lr=c.lr * scale, weight_decay=c.weight_decay))
+        matrices = []
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    if matrices:
+        # Scaled to the size of AdamW's steps, whatever the shape of a matrix (arXiv 2502.16982).
+        optimizers.insert(0, torch.optim.Muon(matrices, lr=c.lr * scale, weight_decay=c.weight_decay,
+                                              adjust_lr_fn='match_rms_adamw'))
+    for group in groups_of(optimizers):
+        group['peak'] = group['lr']
+    return optimizers
 
-def set_rates(optimizer, c, step, steps):
+def groups_of(optimizers):
+    """The groups of parameters of all optimisers, each with its learning rate."""
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+def set_rates(optimizers, c, step, steps):
     """Learning rates for a step of a phase: linear warm-up, then a cosine from the peak to a tenth of it."""
     factor = 0.55 + 0.45 * math.cos(math.pi * (step - c.warmup) / max(1, steps - c.warmup))
     if step < c.warmup:
         factor = (step + 1) / (c.warmup + 1)
-    for group in optimizer.param_groups:
+    for group in groups_of(optimizers):
         group['lr'] = group['peak'] * factor
 
 # torchrun numbers its processes in the environment. Each has the whole model and takes its share of the rows
@@ -613,6 +630,12 @@ def set_up(c):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision('high')        # TF32 on CUDA for what stays float32
+    if c.device == 'cpu':
+        # The C library hands large buffers back to the system and takes them anew, page by page, in every
+        # step: here it keeps them, where it is glibc. -4: M_MMAP_MAX, -1: M_TRIM_THRESHOLD.
+        with contextlib.suppress(AttributeError, TypeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0), mallopt(-1, -1)
     if c.dtype == 'auto':
         # Where it is only emulated, bfloat16 is slower than float32.
         has = torch.cpu.get_capabilities() if c.device == 'cpu' else {}
@@ -639,17 +662,18 @@ def compile_model(model):
     torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.compile(dynamic=False)
-    model.slices = tuple(torch.compile(f, dynamic=False) for f in (slice_logsumexp, slice_gradients))
+    model.head.compile(dynamic=False)
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: OUT/latest.pt holds all that a bit-exact resume needs, OUT/stage_K.pt the model after a stage
 
-def save(name, c, model, state, optimizer=None):
+def save(name, c, model, state, optimizers=()):
     """Writes OUT/name and OUT/log.csv, each beside its target: a kill or a full disk leaves the old file."""
     if RANK == 0:
         with replacing(Path(c.out) / name) as beside:
             torch.save(dict(config=dataclasses.asdict(c), tokenizer=tokenizer_fingerprint(), state=state,
-                            model=model.state_dict(), optimizer=optimizer and optimizer.state_dict()), beside)
+                            model=model.state_dict(),
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers]), beside)
         with replacing(Path(c.out) / 'log.csv') as beside:
             beside.write_text('\n'.join([','.join(COLUMNS), *state['log'], '']))
 
@@ -673,7 +697,8 @@ def load(path):
 
 def restore(ckpt, c):
     """Checkpoint -> its model under the config c, with its own interface table, and everything frozen."""
-    model, weights = GrowingTransformer(c, Substrate(c.substrate, c.d_model)), ckpt['model']
+    weights = ckpt['model']
+    model = GrowingTransformer(c, Substrate(c.substrate, c.d_model), weights['head.ids'])
     model.append(len({name.split('.')[1] for name in weights if name.startswith('blocks.')}))
     if 'blocks.0.qkv.A' in weights:                   # saved in the middle of a LoRA phase
         add_adapters(model.blocks, len(weights['blocks.0.qkv.A']))
@@ -697,7 +722,7 @@ def newest_out():
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
-CHOICES = dict(birth=('identity', 'stack'), lora=('none', 'interleaved', 'last'),
+CHOICES = dict(head=('seen', 'full'), birth=('stack', 'identity'), lora=('none', 'interleaved', 'last'),
                device=('cpu', 'cuda', 'mps'), dtype=('auto', 'float32', 'bfloat16'))
 PROMPT = 'The default value is'
 MAY_BE_ZERO = 'seed', 'warmup', 'weight_decay', 'save_every'
@@ -779,10 +804,12 @@ def run(c, given):
         say(f'note: it began on {state["machine"]}, this is {here}: it goes on, but not to the same bits')
     with prepare_data.locked(Path(c.out) / f'.lock{RANK}', f'writing to {c.out}'):
         say(f'checkpoints and log go to {c.out}')
-        model = (restore(ckpt, c) if ckpt else new_model(c, batches)).to(c.device)
+        model = restore(ckpt, c) if ckpt else GrowingTransformer(c, substrate(c.substrate, c.d_model, c.seed))
+        add_rows(model, batches)
+        model.to(c.device)
         if not ckpt:
             save('latest.pt', c, model, state)
-        train(model, batches, state, c, amp, ckpt and ckpt['optimizer'])
+        train(model, batches, state, c, amp, ckpt and ckpt['optimizers'])
     if WORLD > 1:
         # Whoever holds a wrapped model holds the group, whose threads would outlive it and abort the process.
         gc.collect()
@@ -798,7 +825,11 @@ def main(argv=None):
     """The command line: prints the plan, samples, compares experts, or trains."""
     c, given = configure(argv)
     if c.plan:
-        print_plan(c)
+        # Which tokens occur the data alone know: unless it is asked for, every token has its row.
+        rows = VOCAB
+        if given.get('head') == 'seen':
+            rows = len(ids_in(prepare_data.open_batches(c.data, c.seed, 1, c.context), c))
+        print_plan(c, rows)
     elif 'sample' in given:
         c.compile = False                             # `sample` is eager, so no compiler need be tried
         amp = set_up(c)
