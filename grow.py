@@ -56,14 +56,13 @@ class Config:
     context: int = 128            # tokens that the model sees at once
     head: str = 'seen'            # output rows for tokens that occur in --data (seen), or for all (full)
     birth: str = 'stack'          # later blocks: copies of those below (stack), or exact no-ops (identity)
-    muon: bool = True             # trial
     # the training
     data: tuple = ('stdlib',)     # data sets made by prepare_data.py, mixed in whole-number parts: ru:3 en:1
     stage_tokens: int = 2_000_000  # training tokens of the first stage
     stage_ratio: float = 0.5      # tokens of each later stage over those of the first
     batch_tokens: int = 2048      # tokens of an optimiser step, cut to whole sequences
     micro_batch: int = 16         # at most so many sequences pass the model at once; their gradients add up
-    lr: float = 3e-3              # peak learning rate of the matrices in blocks, by Muon
+    lr: float = 8e-3              # peak learning rate of the matrices in blocks, by Muon
     adam_lr: float = 4e-3         # of the output layer, LayerNorms and biases, by AdamW
     lr_later: float = 0.7         # both rates are so many times lower in every later phase
     warmup: int = 30              # steps of linear warm-up in every phase; then a cosine to a tenth
@@ -81,7 +80,7 @@ class Config:
     save_every: float = 1.0       # minutes between checkpoints
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu'    # cuda where there is one
     dtype: str = 'auto'           # of matrix products; auto takes bfloat16 where the device has it natively
-    compile: bool = True          # torch.compile blocks and loss, where there is a compiler
+    compile: bool = True          # torch.compile blocks and head, where there is a compiler
     plan: bool = False            # print the ledger of parameters, FLOPs and tokens; train nothing
     moe: tuple = ()               # folders of experts: average their logits and evaluate them on --data
     sample: str = ''              # continue this text with the model in --out or --moe; train nothing
@@ -574,9 +573,6 @@ def make_optimizers(model, c, later=False):
         if p.requires_grad:
             kind.append(p)
     groups = [dict(params=rest, lr=c.adam_lr * scale), dict(params=adapters, lr=c.lora_lr)]
-    if not c.muon:
-        groups.append(dict(params=matrices, lr=c.lr * scale, weight_decay=c.weight_decay))
-        matrices = []
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
     if matrices:
         # Scaled to the size of AdamW's steps, whatever the shape of a matrix (arXiv 2502.16982).
@@ -635,7 +631,8 @@ def set_up(c):
         # step: here it keeps them, where it is glibc. -4: M_MMAP_MAX, -1: M_TRIM_THRESHOLD.
         with contextlib.suppress(AttributeError, TypeError):
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0), mallopt(-1, -1)
+            mallopt(-4, 0)
+            mallopt(-1, -1)
     if c.dtype == 'auto':
         # Where it is only emulated, bfloat16 is slower than float32.
         has = torch.cpu.get_capabilities() if c.device == 'cpu' else {}

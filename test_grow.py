@@ -630,7 +630,7 @@ def test_what_the_readme_names_exists():
 def test_parameter_counts_of_the_paper(capsys):
     with torch.device('meta'):
         assert grow.count(grow.Block(1024, 32).parameters()) == 12_592_128
-        assert grow.count(torch.nn.Linear(1024, substrate.VOCAB).parameters()) == 67_174_400
+        assert grow.count(grow.Head(1024, torch.arange(substrate.VOCAB)).parameters()) == 67_174_400
     assert grow.ledger(config(**PAPER))[-1]['total'] == 181_554_176
     long = grow.ledger(config(**PAPER | dict(layers=16)))
     assert long[-1]['total'] == 269_699_072 and [row['layers'] for row in long] == [3, 6, 9, 12, 15, 16]
@@ -731,11 +731,15 @@ def test_loss_with_all_rows_is_cross_entropy():
     assert torch.allclose(model(idx, targets)[1], reference, atol=1e-5)
     assert abs(reference.item() - math.log(substrate.VOCAB)) < 0.05
 
-def test_rows_are_those_of_the_training_text_and_new_text_adds_some(here):
+def test_rows_are_those_of_the_training_text_and_new_text_adds_some(here, capsys):
     prepare_data.prepare('greek', texts(1200, words='αβγ δεζ ηθι'.split()), 'made up')
     grow.main(flags(out='run', head='seen', layers=2))
     before, counts = grow.load_model('run'), prepare_data.Dataset('stdlib').counts
     assert before.head.ids.tolist() == np.flatnonzero(counts).tolist() and len(before.head.ids) < 200
+    grow.main([*flags(layers=2), '--plan'])
+    active = grow.budget(config(), len(before.head.ids))
+    assert f'{active:,}' in capsys.readouterr().out
+    assert grow.load('run')['state']['history'][-1]['active_params'] == active
     state = grow.load('run/stage_1.pt')
     born = grow.GrowingTransformer(config(head='seen'), before.interface)
     both = prepare_data.open_batches(['stdlib'], 0, 1, 16), prepare_data.open_batches(['greek'], 0, 1, 16)

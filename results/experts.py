@@ -28,7 +28,7 @@ from pictures import write_tables
 from study import sized, train
 from substrate import VOCAB, Parser, cli
 
-FLAGS = '--context 256 --batch_tokens 1024 --stage_ratio 1 --lr_later 3e-3 --head_lr_later 2e-3'
+FLAGS = '--d_model 256 --heads 8 --head full --context 256 --batch_tokens 1024 --stage_ratio 1'
 MERGED = dict(merged=('expert_1', 'expert_2'), learned_merged=('learned_1', 'learned_2'))
 
 def size(c):

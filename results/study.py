@@ -1,17 +1,15 @@
 """
 The controlled study: what does growth cost or gain against training all layers at once, and do glyphs matter?
 
-    python results/study.py                            # table and picture of results/study, in seconds
+    python results/study.py                            # the table of results/study, in seconds
     python results/study.py out/mine --flags="--context 128" --only A.grown    # trains such arms there first
 
 An arm is FOLDER/ARM: its run, with result.json once it is finished, so stop it and start it again at will.
-Tier A compares ways to grow at equal tokens; tier B, half as long, token interfaces. Writes out/FOLDER.csv,
-.txt and .png; `pictures.py loss` draws the logs of arms.
+Tier A compares ways to grow at equal tokens; tier B, half as long, token interfaces. Writes out/FOLDER.csv
+and .txt; `pictures.py loss` draws the logs of arms.
 
-results/study is the record of the first edition (commits f9e3f6b to 8146166; --stage_tokens was the mean of
-all stages then); its run.txt say how each arm was made. At b189083 this script also trains arms of equal
-FLOPs, other rates and births, with --restarts, and with stages of one layer, scores all on MMLU, and makes
-results/study.csv, .txt (with goals) and study_*.png.
+results/study is the record of the first edition (commits f9e3f6b to 8146166); its run.txt say how each arm was
+made. At b189083 this script makes all of it, with arms of equal FLOPs, scores, and pictures.
 """
 
 import argparse
@@ -29,13 +27,13 @@ import grow
 import pictures
 from substrate import Parser, UserError, cli, replacing
 
-FLAGS = '--context 256 --batch_tokens 1024 --eval_tokens 1_000_000'
-EQUAL = '--stage_ratio 1 --lr_later 3e-3 --head_lr_later 2e-3'
-RECIPES = dict(grown=EQUAL, lora=EQUAL + ' --lora interleaved --lora_lr 2e-3', long='')      # ways to grow
+FLAGS = '--d_model 256 --heads 8 --context 256 --batch_tokens 1024'
+EQUAL = '--stage_ratio 1'
+RECIPES = dict(grown=EQUAL, lora=EQUAL + ' --lora interleaved', long='')      # ways to grow
 
-def costs(flags):
+def costs(flags, head_rows):
     """FLOPs of a whole run, in blocks and in all."""
-    rows = grow.ledger(grow.configure(flags)[0])
+    rows = grow.ledger(grow.configure(flags)[0], head_rows)
     block, head = (sum(row[kind] * row['tokens'] for row in rows) for kind in ('block_flops', 'head_flops'))
     return dict(block_flops=block, total_flops=block + head)
 
@@ -51,8 +49,7 @@ def arms(common, tokens):
     found = {}
     for seed in '01':
         base = [*common, '--seed', seed]
-        mono = [*base, *EQUAL.split(), '--monolithic', '--lr', '2e-3']
-        found[f'A.mono_2e-3.s{seed}'] = sized(mono, tokens)
+        found[f'A.mono_2e-3.s{seed}'] = sized([*base, *EQUAL.split(), '--monolithic'], tokens)
         found[f'A.three_layers.s{seed}'] = sized([*base, '--layers', '3'], tokens)
         for recipe, more in RECIPES.items():
             found[f'A.{recipe}.tokens.s{seed}'] = sized([*base, *more.split()], tokens)
@@ -89,19 +86,6 @@ def row_of(name, r):
                 perplexity=last['perplexity'], bits_per_byte=last['bits_per_byte'],
                 by_phase=' '.join(f'{h["val_loss"]:.3f}' for h in r['history']))
 
-def picture(rows):
-    """Tier A: val loss over the tokens and FLOPs of a run."""
-    figure, axes = pictures.plt.subplots(1, 3, figsize=(12, 4.4), sharey=True, layout='constrained')
-    for ax, kind in zip(axes, ('tokens', 'block_flops', 'total_flops')):
-        for way, colour in zip(('mono', 'three_layers', *RECIPES), pictures.RUNS):
-            own = [row for row in rows if row['arm'].startswith(f'A.{way}')]
-            x, y = [float(row[kind]) for row in own], [row['val_loss'] for row in own]
-            ax.plot(x, y, 'o', color=colour, label=way)
-        pictures.tidy(ax, xlabel=kind.replace('_flops', ' FLOPs'))
-    axes[0].set_ylabel('val loss, nats a token')
-    axes[0].legend(fontsize=9)
-    return figure
-
 @cli
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,14 +94,14 @@ def main(argv=None):
     parser.add_argument('--flags', default='', help=f'of grow.py for every arm, after {FLAGS}')
     parser.add_argument('--only', nargs='+', default=[''], metavar='NAME', help='arms that begin so')
     args = parser.parse_args(argv)
-    if pictures.plt is None:
-        raise UserError('the picture needs matplotlib: pip install matplotlib')
     for name, flags in arms([*FLAGS.split(), *shlex.split(args.flags)], args.tokens).items():
         arm = args.folder / name
         if name.startswith(tuple(args.only)) and not (arm / 'result.json').exists():
             train(arm, flags)
-            state = grow.load(arm)['state']
-            result = dict(flags=flags, history=state['history'], seconds=state['seconds'], **costs(flags))
+            ckpt = grow.load(arm)
+            state, head_rows = ckpt['state'], len(ckpt['model']['head.ids'])
+            result = dict(flags=flags, history=state['history'], seconds=state['seconds'],
+                          **costs(flags, head_rows))
             with replacing(arm / 'result.json') as path:
                 path.write_text(json.dumps(result, indent=1))
     results, out = sorted(args.folder.glob('*/result.json')), Path('out', args.folder.name)
@@ -125,8 +109,6 @@ def main(argv=None):
         raise UserError(f'{args.folder} has no finished arm: give other names to --only, or leave it out')
     rows = [row_of(path.parent.name, json.loads(path.read_text())) for path in results]
     pictures.write_tables(out, rows)
-    with replacing(f'{out}.png') as path:
-        picture(rows).savefig(path, format='png', dpi=130)
 
 if __name__ == '__main__':
     main()
