@@ -8,7 +8,7 @@ An arm is FOLDER/ARM: its run, with result.json once it is finished, so stop it 
 Tier A compares ways to grow at equal tokens; tier B, half as long, token interfaces. Writes out/FOLDER.csv
 and .txt; `pictures.py loss` draws the logs of arms.
 
-results/study is the record of the first edition (commits f9e3f6b to 8146166); its run.txt say how each arm was
+results/study is the record of the first edition (commits f9e3f6b to 8146166); run.txt says how each arm was
 made. At b189083 this script makes all of it, with arms of equal FLOPs, scores, and pictures.
 """
 
