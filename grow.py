@@ -58,8 +58,8 @@ class Config:
     birth: str = 'stack'          # later blocks: copies of those below (stack), or exact no-ops (identity)
     # the training
     data: tuple = ('stdlib',)     # data sets made by prepare_data.py, mixed in whole-number parts: ru:3 en:1
-    stage_tokens: int = 2_000_000  # training tokens of the first stage
-    stage_ratio: float = 0.5      # tokens of each later stage over those of the first
+    stage_tokens: int = 1_200_000  # training tokens of the first stage
+    stage_ratio: float = 1.0      # tokens of each later stage over those of the first
     batch_tokens: int = 2048      # tokens of an optimiser step, cut to whole sequences
     micro_batch: int = 16         # at most so many sequences pass the model at once; their gradients add up
     lr: float = 8e-3              # peak learning rate of the matrices in blocks, by Muon
@@ -89,7 +89,7 @@ class Config:
     top_k: int = 40               # sample among so many of the likeliest tokens
 
 # What changes on a GPU: the paper's model.
-GPU = dict(d_model=1024, heads=32, context=1024, head='full', stage_tokens=4_194_304, stage_ratio=1.0,
+GPU = dict(d_model=1024, heads=32, context=1024, head='full', stage_tokens=4_194_304,
            batch_tokens=32_768, micro_batch=16, lr=6e-4, adam_lr=6e-4, lr_later=1.0, lora_tokens=4_194_304,
            lora_lr=6e-4, save_every=10.0)
 
