@@ -10,7 +10,7 @@ and models grown apart become one by averaging their logits.
     python grow.py                                  # 9 layers in 3 stages, on text that Python brings along
     python grow.py --layers 9 --substrate unicode   # the same; other substrates: binary, random, learned
     python grow.py --monolithic                     # the baseline: all at once, same data in the same order
-    python grow.py --plan --d_model 1024 --heads 32 --context 1024 --stage_ratio 1    # the paper's ledger
+    python grow.py --plan --d_model 1024 --heads 32 --context 1024    # the paper's ledger; trains nothing
     python grow.py --sample "The default value"     # continue a text with the newest model
     python grow.py --resume --layers 12             # go on where a run stopped, or grow a finished one deeper
     python grow.py --moe out/001 out/002            # average the logits of two experts
@@ -58,13 +58,13 @@ class Config:
     birth: str = 'stack'          # later blocks: copies of those below (stack), or exact no-ops (identity)
     # the training
     data: tuple = ('stdlib',)     # data sets made by prepare_data.py, mixed in whole-number parts: ru:3 en:1
-    stage_tokens: int = 1_200_000  # training tokens of the first stage
+    stage_tokens: int = 1_000_000  # training tokens of the first stage
     stage_ratio: float = 1.0      # tokens of each later stage over those of the first
     batch_tokens: int = 2048      # tokens of an optimiser step, cut to whole sequences
     micro_batch: int = 16         # at most so many sequences pass the model at once; their gradients add up
     lr: float = 8e-3              # peak learning rate of the matrices in blocks, by Muon
     adam_lr: float = 4e-3         # of the output layer, LayerNorms and biases, by AdamW
-    lr_later: float = 0.7         # both rates are so many times lower in every later phase
+    lr_later: float = 0.7         # times this both rates are taken in every later phase
     warmup: int = 30              # steps of linear warm-up in every phase; then a cosine to a tenth
     weight_decay: float = 0.1     # of matrices in blocks
     clip: float = 1.0             # largest gradient norm
@@ -72,7 +72,7 @@ class Config:
     seed: int = 0                 # of weights at birth, data order and sampling
     # adapters
     lora: str = 'none'            # LoRA phases: after every stage from the second (interleaved), or the last
-    lora_tokens: int = 131_072    # training tokens of a LoRA phase
+    lora_tokens: int = 400_000    # training tokens of a LoRA phase
     lora_lr: float = 2e-3         # peak learning rate of adapters
     # the run
     out: str = ''                 # folder of the run; if none is given a new out/NNN, or the newest
@@ -89,9 +89,9 @@ class Config:
     top_k: int = 40               # sample among so many of the likeliest tokens
 
 # What changes on a GPU: the paper's model.
-GPU = dict(d_model=1024, heads=32, context=1024, head='full', stage_tokens=4_194_304,
-           batch_tokens=32_768, micro_batch=16, lr=6e-4, adam_lr=6e-4, lr_later=1.0, lora_tokens=4_194_304,
-           lora_lr=6e-4, save_every=10.0)
+GPU = dict(d_model=1024, heads=32, context=1024, head='full', stage_tokens=4_194_304, batch_tokens=32_768,
+           micro_batch=16, lr=6e-4, adam_lr=6e-4, lr_later=1.0, lora_tokens=4_194_304, lora_lr=6e-4,
+           save_every=10.0)
 
 # ------------------------------------------------------------------------------------------------------------
 # Model: a pre-norm decoder with rotary positions (paper section 3; pre-norm, eps, weights at birth are ours)
