@@ -63,12 +63,12 @@ class Config:
     batch_tokens: int = 2048      # tokens of an optimiser step, cut to whole sequences
     micro_batch: int = 16         # at most so many sequences pass the model at once; their gradients add up
     lr: float = 8e-3              # peak learning rate of the matrices in blocks, by Muon
-    adam_lr: float = 4e-3         # of the output layer, LayerNorms and biases, by AdamW
-    lr_later: float = 0.7         # times this both rates are taken in every later phase
+    adam_lr: float = 4e-3         # peak learning rate of all else but adapters, by AdamW
+    lr_scale_later: float = 0.7   # factor of both rates in every later phase
     warmup: int = 30              # steps of linear warm-up in every phase; then a cosine to a tenth
     weight_decay: float = 0.1     # of matrices in blocks
     clip: float = 1.0             # largest gradient norm
-    eval_tokens: int = 10**12     # validate on the first so many tokens of the val split, always the same
+    eval_tokens: int = 100_000    # validate on the first so many tokens of the val split, always the same
     seed: int = 0                 # of weights at birth, data order and sampling
     # adapters
     lora: str = 'none'            # LoRA phases: after every stage from the second (interleaved), or the last
@@ -90,8 +90,8 @@ class Config:
 
 # What changes on a GPU: the paper's model.
 GPU = dict(d_model=1024, heads=32, context=1024, head='full', stage_tokens=4_194_304, batch_tokens=32_768,
-           micro_batch=16, lr=6e-4, adam_lr=6e-4, lr_later=1.0, lora_tokens=4_194_304, lora_lr=6e-4,
-           save_every=10.0)
+           micro_batch=16, lr=6e-4, adam_lr=6e-4, lr_scale_later=1.0, lora_tokens=4_194_304, lora_lr=6e-4,
+           eval_tokens=10**12, save_every=10.0)
 
 # ------------------------------------------------------------------------------------------------------------
 # Model: a pre-norm decoder with rotary positions (paper section 3; pre-norm, eps, weights at birth are ours)
@@ -144,8 +144,8 @@ def generator(*of):
 UNSEEN = -25.0   # logit of a token without a row: at birth all of them have one millionth of the mass
 
 class Head(nn.Module):
-    """The output layer: a row for each token of `ids`, and for all others the constant logit UNSEEN, so that
-    the softmax is always over all V = 65,536 tokens (ours: the paper has a row for each).
+    """The output layer: a row for each token of `ids`, which ascend, and the constant logit UNSEEN for all
+    others, so that the softmax is always over all V = 65,536 tokens (ours: the paper has a row for each).
 
     head(h) -> logits (..., V); head(h, targets) -> mean loss in nats over targets (N,), -100 not counted."""
     def __init__(self, d_model, ids):
@@ -223,8 +223,9 @@ class GrowingTransformer(nn.Module):
 
 def ids_in(batches, c):
     """The tokens that get a row of the head: all, or those that occur in the training splits."""
-    seen = sum(torch.from_numpy(dataset.counts) for dataset in batches.datasets)
-    return torch.arange(VOCAB) if c.head == 'full' else seen.nonzero().flatten()
+    if c.head == 'full':
+        return torch.arange(VOCAB)
+    return sum(torch.from_numpy(dataset.counts) for dataset in batches.datasets).nonzero().flatten()
 
 def add_rows(model, batches):
     """Gives the head a row for each token that has none yet, born as a unigram model (ours): weights zero,
@@ -275,7 +276,7 @@ def merge_adapters(blocks):
 
 @dataclasses.dataclass
 class Phase:
-    """A stretch of training with one trainable set, one optimiser and one schedule."""
+    """A stretch of training with one trainable set, its own optimisers and one schedule."""
     kind: str       # 'grow': new blocks; 'lora': adapters on all blocks
     stage: int      # from 1
     depth: int      # blocks in the model
@@ -329,7 +330,7 @@ def count(parameters, active=False):
 def flops_per_token(c, phase, rows):
     """Training FLOPs a token, (blocks, head): 2 a multiply-add, attention causal. A trained block costs its
     forward pass and twice as much backward; a frozen one its forward pass; with adapters also the way back,
-    and the adapters' own products."""
+    and the adapters' own products. The optimiser's are not counted."""
     matrices, attention = 2 * 12 * c.d_model**2, 2 * c.context * c.d_model
     untrained = matrices + attention
     if phase.rank:
@@ -399,6 +400,9 @@ def merge_experts(paths, device='cpu'):
         if first.table.shape != other.table.shape or (first.table - other.table).abs().max() > 1e-5:
             raise UserError(f'{paths[0]} ({first.name}) and {path} ({other.name}) have no common interface: '
                             'their tables differ; train them on the same substrate')
+    if any(not torch.equal(expert.head.ids, experts[0].head.ids) for expert in experts):
+        say('note: the experts have rows for different tokens, and one without a row all but forbids a token '
+            'to all: train experts of different texts with --head full')
     return MixtureOfExperts(experts).to(device).eval()
 
 # ------------------------------------------------------------------------------------------------------------
@@ -419,16 +423,16 @@ def train(model, batches, state, c, amp, moments=None):
     if WORLD == 1:                                    # torchrun ends processes in its own way
         signal.signal(signal.SIGINT, on_ctrl_c)
     while state['phase'] < len(plan):
-        # Enter the phase: new blocks on top, what trains, and an optimiser over exactly that.
+        # Enter the phase: new blocks on top, what trains, and optimisers over exactly that.
         phase = plan[state['phase']]
         enter(model, phase)
         if c.compile:
             compile_model(model)
         # This is blind to blocks appended later, so it too is made anew.
         ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
-        optimizers = make_optimizers(model, c, later=state['phase'] > 0)
+        optimizers = make_optimizers(model, c, phase)
         if state['step']:
-            for optimizer, its_state in zip(optimizers, moments):
+            for optimizer, its_state in zip(optimizers, moments, strict=True):
                 optimizer.load_state_dict(its_state)
         parameters = list(model.parameters())
         sizes = dict(active_params=count(parameters, active=True), total_params=count(parameters))
@@ -487,7 +491,7 @@ def train_step(model, optimizers, batches, step, c, amp):
     loss = over_processes(loss.item()) / WORLD
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(f'loss {loss}, gradient norm {norm} in step {step + 1}: nothing was updated, '
-                        f'{c.out}/latest.pt is good; start again with a lower --lr')
+                        f'{c.out}/latest.pt is good; start again with lower --lr, --adam_lr or --lora_lr')
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -554,7 +558,7 @@ def sample(model, text, c, amp):
         while len(ids) < start + c.length and (len(ids) == start or ids[-1] != EOS):
             window = torch.tensor([ids[-model.config.context:]], device=model.head.weight.device)
             with amp:
-                logits = model.head(model.hidden(window)[:, -1]).float().cpu()          # 1, V
+                logits = model.head(model.hidden(window)[:, -1]).cpu()          # 1, V
             values, tokens = logits.topk(min(c.top_k, VOCAB))
             probabilities = ((values - values.max()) / c.temperature).softmax(-1)
             ids.append(tokens[0, torch.multinomial(probabilities, 1, generator=random)].item())
@@ -563,20 +567,20 @@ def sample(model, text, c, amp):
 # ------------------------------------------------------------------------------------------------------------
 # Optimiser, device, processes
 
-def make_optimizers(model, c, later=False):
-    """Muon for the matrices of blocks, AdamW for all else, over exactly what trains; fresh ones for every
-    phase, so that no stale momentum moves what is frozen. A LoRA phase has nothing for Muon."""
-    matrices, adapters, rest, scale = [], [], [], c.lr_later if later else 1.0
+def make_optimizers(model, c, phase):
+    """Fresh ones for every phase, over exactly what trains, so that no stale momentum moves what is frozen:
+    Muon for the matrices of blocks, AdamW for adapters and for all else."""
+    inner, rest, scale = [], [], c.lr_scale_later if phase.stage > 1 else 1.0
     for name, p in model.named_parameters():
-        kind = matrices if name.startswith('blocks') and p.dim() == 2 else rest
-        kind = adapters if name.endswith(('.A', '.B')) else kind
         if p.requires_grad:
-            kind.append(p)
-    groups = [dict(params=rest, lr=c.adam_lr * scale), dict(params=adapters, lr=c.lora_lr)]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-    if matrices:
-        # Scaled to the size of AdamW's steps, whatever the shape of a matrix (arXiv 2502.16982).
-        optimizers.insert(0, torch.optim.Muon(matrices, lr=c.lr * scale, weight_decay=c.weight_decay,
+            (inner if name.startswith('blocks') and p.dim() == 2 else rest).append(p)
+    adamw = [dict(params=rest, lr=c.adam_lr * scale)]
+    if phase.rank:
+        adamw.insert(0, dict(params=inner, lr=c.lora_lr))
+    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    if not phase.rank:
+        # Its steps have the size of AdamW's, whatever the shape of a matrix (arXiv 2502.16982).
+        optimizers.insert(0, torch.optim.Muon(inner, lr=c.lr * scale, weight_decay=c.weight_decay,
                                               adjust_lr_fn='match_rms_adamw'))
     for group in groups_of(optimizers):
         group['peak'] = group['lr']
@@ -822,7 +826,7 @@ def main(argv=None):
     """The command line: prints the plan, samples, compares experts, or trains."""
     c, given = configure(argv)
     if c.plan:
-        # Which tokens occur the data alone know: unless it is asked for, every token has its row.
+        # As in the paper, every token has its row, unless the rows of the data are asked for.
         rows = VOCAB
         if given.get('head') == 'seen':
             rows = len(ids_in(prepare_data.open_batches(c.data, c.seed, 1, c.context), c))

@@ -68,7 +68,7 @@ def build(kind, how, c, phase, rows, nanogpt):
     if kind in OURS:
         if c.compile:
             grow.compile_model(model)
-        return model, grow.make_optimizers(model, c, later=phase.stage > 1), amp
+        return model, grow.make_optimizers(model, c, phase), amp
     torch.use_deterministic_algorithms(False), torch.backends.cuda.enable_cudnn_sdp(True)
     if how == 'tuned' and c.compile:
         model.compile(fullgraph=True, dynamic=False)             # an error, should any part stay eager

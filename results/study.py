@@ -27,9 +27,9 @@ import grow
 import pictures
 from substrate import Parser, UserError, cli, replacing
 
-FLAGS = '--d_model 256 --heads 8 --context 256 --batch_tokens 1024'
+FLAGS = '--d_model 256 --heads 8 --context 256 --batch_tokens 1024 --eval_tokens 1_000_000'
 EQUAL = '--stage_ratio 1'
-RECIPES = dict(grown=EQUAL, lora=EQUAL + ' --lora interleaved', long='')      # ways to grow
+RECIPES = dict(grown=EQUAL, lora=EQUAL + ' --lora interleaved', long='--stage_ratio 0.1')      # ways to grow
 
 def costs(flags, head_rows):
     """FLOPs of a whole run, in blocks and in all."""
@@ -49,7 +49,7 @@ def arms(common, tokens):
     found = {}
     for seed in '01':
         base = [*common, '--seed', seed]
-        found[f'A.mono_2e-3.s{seed}'] = sized([*base, *EQUAL.split(), '--monolithic'], tokens)
+        found[f'A.mono_2e-3.s{seed}'] = sized([*base, *EQUAL.split(), '--monolithic', '--lr', '2e-3'], tokens)
         found[f'A.three_layers.s{seed}'] = sized([*base, '--layers', '3'], tokens)
         for recipe, more in RECIPES.items():
             found[f'A.{recipe}.tokens.s{seed}'] = sized([*base, *more.split()], tokens)
