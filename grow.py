@@ -158,10 +158,10 @@ class Head(nn.Module):
 
     def forward(self, h, targets=None):
         logits, others = F.linear(h, self.weight, self.bias).float(), VOCAB - len(self.ids)
+        if not others:
+            return logits if targets is None else F.cross_entropy(logits, targets)
         if targets is None:
             return F.pad(logits, (0, 1), value=UNSEEN)[..., self.row]
-        if not others:
-            return F.cross_entropy(logits, targets)
         # All tokens without a row are one more column; each of them gets an equal share of its probability.
         logits = F.pad(logits, (0, 1), value=UNSEEN + math.log(others))
         rows = torch.where(targets < 0, targets, self.row[targets])
@@ -414,7 +414,7 @@ COLUMNS = ('phase', 'stage', 'step', 'tokens', 'seconds', 'train_loss', 'val_los
 
 def train(model, batches, state, c, amp, moments=None):
     """The main job: grows a model, phase by phase, from where `state` stands. The state is all that a run
-    has but weights and optimiser: its place, history and log. `moments`: of the optimiser, in mid-phase."""
+    has but weights and optimisers: its place, history and log. `moments`: of the latter, in mid-phase."""
     plan, saved, stop = phases(c), time.monotonic(), []
 
     def on_ctrl_c(*_):                                # waits for the end of a step; a second one does not

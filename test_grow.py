@@ -725,14 +725,14 @@ def test_rows_for_few_tokens_are_an_exact_softmax_over_all(every):
 
 def test_rows_are_those_of_the_training_text_and_new_text_adds_some(here, capsys):
     prepare_data.prepare('greek', texts(1200, words='αβγ δεζ ηθι'.split()), 'made up')
-    grow.main(flags(out='run', head='seen', layers=2))
+    grow.main(flags(out='run', layers=2))
     before, counts = grow.load_model('run'), prepare_data.Dataset('stdlib').counts
     assert before.head.ids.tolist() == np.flatnonzero(counts).tolist() and len(before.head.ids) < 200
     grow.main([*flags(layers=2), '--plan'])
     active = grow.budget(config(), len(before.head.ids))
     assert f'{active:,}' in capsys.readouterr().out
     assert grow.load('run')['state']['history'][-1]['active_params'] == active
-    born = grow.GrowingTransformer(config(head='seen'), before.interface)
+    born = grow.GrowingTransformer(config(), before.interface)
     grow.add_rows(born, prepare_data.open_batches(['stdlib'], 0, 1, 16))
     assert not born.head.weight.any() and torch.equal(born.head.ids, before.head.ids)
     frequencies = torch.from_numpy(counts[counts > 0] + 1) / (counts.sum() + substrate.VOCAB)
