@@ -8,9 +8,10 @@ Face's GPT-NeoX, and by grow.py: monolithic, in its last stage, in its last LoRA
 Other flags are grow.py's, whose loop trains all: forward, backward, clip, step, as in nanoGPT's. Peers: as
 they start on a CPU (`eager float32`), and `tuned`, compiled as one graph, bfloat16 where the device has it,
 with grow.py's use of memory and a fused AdamW. GPT-NeoX is grow.py's model but for the head's bias; nanoGPT
-trains its embedding, tied to the head. `full`: an output row for each token; `seen`: for --rows of them, in
-text of those. A case is a process; machines are noisy, so all run twice: the faster median, the smaller peak.
-15 minutes. Writes results/bench_DEVICE_WIDTH.*; bench_cpu.* and bench_cuda.* are of the first edition.
+trains its embedding, tied to the head. `full`: an output row for each token; `by AdamW`: as the peers,
+without Muon; `seen`: rows for --rows tokens, in text of those. A case is a process; machines are noisy, so
+all run twice: the faster median, the smaller peak. 15 minutes. Writes results/bench_DEVICE_WIDTH.*;
+bench_cpu.* and bench_cuda.* are of the first edition.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from substrate import VOCAB, Parser, UserError, cli, substrate
 DEFAULTS = '--layers 9 --d_model 256 --heads 8 --context 256 --batch_tokens 2048 --micro_batch 8'.split()
 EAGER, OURS = 'eager float32', {'monolithic': 0, 'last stage': -2, 'LoRA phase': -1}     # places in the plan
 CASES = [f'{kind}, {how}' for kind in ('nanoGPT', 'GPT-NeoX') for how in (EAGER, 'tuned')]
-CASES += [f'{kind}, {how}' for how in ('full', 'seen') for kind in OURS]
+CASES += ['monolithic, full by AdamW', *(f'{kind}, {how}' for how in ('full', 'seen') for kind in OURS)]
 
 class NeoX(torch.nn.Module):
     """GPT-NeoX as a model of grow.py's loop: all trains but the embedding."""
@@ -68,10 +69,13 @@ def build(kind, how, c, phase, rows, nanogpt):
     if kind in OURS:
         if c.compile:
             grow.compile_model(model)
-        return model, grow.make_optimizers(model, c, phase), amp
-    torch.use_deterministic_algorithms(False), torch.backends.cuda.enable_cudnn_sdp(True)
-    if how == 'tuned' and c.compile:
-        model.compile(fullgraph=True, dynamic=False)             # an error, should any part stay eager
+        if how != 'full by AdamW':
+            return model, grow.make_optimizers(model, c, phase), amp
+    else:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        if how == 'tuned' and c.compile:
+            model.compile(fullgraph=True, dynamic=False)         # an error, should any part stay eager
     if kind == 'nanoGPT':
         device = 'cuda' if how == 'tuned' else c.device          # for which alone it takes the fused AdamW
         return model, [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)], amp
