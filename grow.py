@@ -65,7 +65,7 @@ class Config:
     lr: float = 8e-3              # peak learning rate of the matrices in blocks, by Muon
     adam_lr: float = 4e-3         # peak learning rate of all else but adapters, by AdamW
     lr_scale_later: float = 0.7   # factor of both rates in every later phase
-    warmup: int = 30              # steps of linear warm-up in every phase; then a cosine to a tenth
+    warmup: int = 30              # steps of linear warm-up, at most half a phase; then a cosine to a tenth
     weight_decay: float = 0.1     # of matrices in blocks
     clip: float = 1.0             # largest gradient norm
     eval_tokens: int = 100_000    # validate on the first so many tokens of the val split, always the same
@@ -409,6 +409,8 @@ def merge_experts(paths, device='cpu'):
 # Training, phase by phase
 
 LOG_EVERY = 10   # steps
+# Ctrl-C, and what a cluster sends before it ends a job, with what they do outside of training
+SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 COLUMNS = ('phase', 'stage', 'step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'lr', 'active_params',
            'total_params', 'tokens_per_s')
 
@@ -417,11 +419,12 @@ def train(model, batches, state, c, amp, moments=None):
     has but weights and optimisers: its place, history and log. `moments`: of the latter, in mid-phase."""
     plan, saved, stop = phases(c), time.monotonic(), []
 
-    def on_ctrl_c(*_):                                # waits for the end of a step; a second one does not
-        stop.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def on_signal(number, _):                         # waits for the end of a step; a second one does not
+        stop.append(number)
+        signal.signal(number, SIGNALS[number])
     if WORLD == 1:                                    # torchrun ends processes in its own way
-        signal.signal(signal.SIGINT, on_ctrl_c)
+        for number in SIGNALS:
+            signal.signal(number, on_signal)
     while state['phase'] < len(plan):
         # Enter the phase: new blocks on top, what trains, and optimisers over exactly that.
         phase = plan[state['phase']]
@@ -458,7 +461,7 @@ def train(model, batches, state, c, amp, moments=None):
                 save('latest.pt', c, model, state, optimizers)
                 saved = time.monotonic()
             if stop:
-                raise KeyboardInterrupt(f'stopped: go on with --resume --out {c.out}')
+                raise KeyboardInterrupt(f'stopped: go on with --resume --out {c.out}', 128 + stop[0])
 
         # Keep its result: adapters are merged, and the model of the stage is saved.
         merge_adapters(model.blocks)
@@ -470,7 +473,8 @@ def train(model, batches, state, c, amp, moments=None):
         state.update(phase=state['phase'] + 1, step=0)
         save(f'stage_{phase.stage}.pt', c, model, state)
         save('latest.pt', c, model, state)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, default in SIGNALS.items():
+        signal.signal(number, default)
 
 def train_step(model, optimizers, batches, step, c, amp):
     """One optimiser step on global batch number `step`, of which each process takes its share of the rows; ->
@@ -524,16 +528,20 @@ def evaluate(model, dataset, c, amp):
             total += loss.item() * counted
     return over_processes(total) / over_processes(tokens)
 
+def perplexity(loss):
+    """Infinite where it is too large for a float."""
+    return math.exp(loss) if loss < 709 else math.inf
+
 def in_units(loss, dataset):
     """A loss in nats a token -> the three units in which it is read."""
     bits_per_byte = loss / math.log(2) / dataset.bytes_per_token
-    return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=bits_per_byte)
+    return dict(val_loss=loss, perplexity=perplexity(loss), bits_per_byte=bits_per_byte)
 
 def validate(model, batches, c, amp):
     """The three units, averaged over the data sets by weight, and the loss of each if there are several."""
     each = [in_units(evaluate(model, d, c, amp), d) for d in batches.datasets]
     val = {unit: float(np.average([e[unit] for e in each], weights=batches.weights)) for unit in each[0]}
-    val['perplexity'] = math.exp(min(val['val_loss'], 700))
+    val['perplexity'] = perplexity(val['val_loss'])
     if len(each) > 1:
         val |= {f'val_{d.name}': e['val_loss'] for d, e in zip(batches.datasets, each)}
     return val
@@ -591,17 +599,19 @@ def groups_of(optimizers):
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 def set_rates(optimizers, c, step, steps):
-    """Learning rates for a step of a phase: linear warm-up, then a cosine from the peak to a tenth of it."""
-    factor = 0.55 + 0.45 * math.cos(math.pi * (step - c.warmup) / max(1, steps - c.warmup))
-    if step < c.warmup:
-        factor = (step + 1) / (c.warmup + 1)
+    """Learning rates for a step of a phase: linear warm-up, over at most half of it, then a cosine from the
+    peak to a tenth of it."""
+    warmup = min(c.warmup, steps // 2)
+    factor = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+    if step < warmup:
+        factor = (step + 1) / (warmup + 1)
     for group in groups_of(optimizers):
         group['lr'] = group['peak'] * factor
 
 # torchrun numbers its processes in the environment. Each has the whole model and takes its share of the rows
 # of every batch; the first one speaks and writes.
 RANK, WORLD, LOCAL_RANK = 0, 1, 0
-if 'MASTER_ADDR' in os.environ:
+if 'TORCHELASTIC_RUN_ID' in os.environ:
     RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
 
 def say(text):
@@ -694,22 +704,29 @@ def load(path):
     if (not isinstance(ckpt, dict) or ckpt.get('config', {}).keys() != vars(Config()).keys()
             or ckpt['tokenizer'] != tokenizer_fingerprint()):
         raise UserError(f'{path} is no checkpoint of this grow.py and interface/ngrams.txt: name another')
+    if not all(weights.isfinite().all() for weights in ckpt['model'].values()):
+        raise UserError(f'{path} holds weights that are not finite: restore it, or name another')
     return ckpt
 
 def restore(ckpt, c):
     """Checkpoint -> its model under the config c, with its own interface table, and everything frozen."""
     weights = ckpt['model']
-    model = GrowingTransformer(c, Substrate(c.substrate, c.d_model), weights['head.ids'])
-    model.append(len({name.split('.')[1] for name in weights if name.startswith('blocks.')}))
-    if 'blocks.0.qkv.A' in weights:                   # saved in the middle of a LoRA phase
-        add_adapters(model.blocks, len(weights['blocks.0.qkv.A']))
-    model.load_state_dict(weights)
+    try:
+        model = GrowingTransformer(c, Substrate(c.substrate, c.d_model), weights['head.ids'])
+        model.append(len({name.split('.')[1] for name in weights if name.startswith('blocks.')}))
+        if 'blocks.0.qkv.A' in weights:               # saved in the middle of a LoRA phase
+            add_adapters(model.blocks, len(weights['blocks.0.qkv.A']))
+        model.load_state_dict(weights)
+    except (KeyError, IndexError, RuntimeError):
+        raise UserError(f'the weights in {c.out} have other shapes than their config: restore it') from None
     return model.requires_grad_(False)
 
 def load_model(path, device='cpu'):
     """A run's folder (its latest state) or a checkpoint file -> the model in eval mode, adapters merged."""
     ckpt = load(path)
     model = restore(ckpt, Config(**ckpt['config']))
+    if ckpt['state']['step'] or not model.blocks:
+        say(f'note: {path} was saved in mid-training: finish it by --resume')
     merge_adapters(model.blocks)
     return model.to(device).eval()
 
@@ -786,11 +803,13 @@ def run(c, given):
     c, ckpt = resumed(c, given) if c.resume else (c, None)
     numbers = [int(path.name) for path in Path('out').glob('*') if path.name.isdecimal()]
     c.out = c.out or f'out/{max(numbers, default=0) + 1:03d}'
-    if not ckpt and any(Path(c.out).glob('*.pt')):
-        raise UserError(f'{c.out} holds a run already: go on by --resume, or choose another --out')
+    if not ckpt and (Path(c.out).is_file() or any(Path(c.out).glob('*.pt'))):
+        raise UserError(f'{c.out} is a file or holds a run: go on by --resume, or choose another --out')
     if WORLD > 1:
         torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if c.device == 'cuda' else 'gloo')
     amp = set_up(c)
+    if given.get('compile') and not c.compile:
+        raise UserError('so --compile cannot be obeyed: install a compiler, or give --no-compile')
     for rank in range(WORLD):                         # one after another: the first may have data to prepare
         if rank == RANK:
             batches = prepare_data.open_batches(c.data, c.seed, c.batch_tokens // c.context, c.context)

@@ -19,12 +19,14 @@ import contextlib
 import gzip
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
 import sys
 import time
 import tokenize
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
@@ -43,7 +45,8 @@ VAL_ONE_IN = 50            # one document in so many is held out: 2%
 SMALLEST = 1_025           # tokens that a split needs: a sequence of the paper's and one target more
 COUNTED = 20_000_000       # tokens that the n-gram baselines count, which still fit into memory
 FILES = 'train_{:06}.bin', 'val_{:06}.bin', 'part_{:06}.json'      # of a part
-ENDINGS = '.parquet', *(end + gz for end in ('.txt', '.md', '.py', '.jsonl') for gz in ('', '.gz'))
+ROWS = '.jsonl', '.ndjson', '.json'    # endings of files with a JSON object in each line
+IN_FOLDERS = '.parquet', '.txt', '.md', '.py', '.jsonl', '.ndjson'     # without .json, mostly of settings
 RETRY = Retry(4, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))     # of a request; 1: a second
 HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/') + '/datasets/'
 CORPORA = {                # repository of the hub, pattern of the names of its files, how many there are
@@ -232,25 +235,50 @@ def stdlib_documents():
         yield '\n\n'.join(held)
     yield from (normalised(topics[key]) for key in sorted(topics))
 
+class Gzip(gzip.GzipFile):
+    """Ends where its last member ends: the program gzip too says no more than that something follows."""
+    def read1(self, size=-1):
+        try:
+            return super().read1(size)
+        except gzip.BadGzipFile as error:
+            if not self.tell() or 'Not a gzipped file' not in str(error):
+                raise
+            print(f'{self.name}: the text is whole, and what follows it is no gzip and left out')
+            return b''
+
+def likely_encoding(path):
+    """What iconv calls the encoding of a file, as far as its first character tells, a mark or a Latin one."""
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    if start in (b'\xff\xfe', b'\xfe\xff'):
+        return 'UTF-16'
+    return {0: 'UTF-16BE', 1: 'UTF-16LE'}.get(start.find(0), 'ENCODING')
+
 def documents_of(path, split_line=None):
-    """Yields the column "text" of a .parquet file, the "text" of each line of a .jsonl file, and of any other
-    file what is between lines that are `split_line`, or else pieces of whole lines. Raises UserError."""
-    rows, number, held = path.name.lower().removesuffix('.gz').endswith('.jsonl'), 0, ''
+    """Yields the column "text" of a .parquet file, or the "text" of each line of a file of ROWS, where it may
+    be None; and of any other file what is between lines that are `split_line`, or else pieces of whole lines.
+    Raises UserError."""
+    name, number, held = path.name.lower().removesuffix('.gz'), 0, ''
     try:
-        if path.suffix.lower() == '.parquet':
+        if name.endswith('.parquet'):
             import pyarrow.parquet
             with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:     # not a row group at once
                 for batch in file.iter_batches(256, columns=['text']):
                     yield from batch['text'].cast('string').to_pylist()
             return
-        opener = gzip.open if path.suffix.lower() == '.gz' else open
-        # -sig drops a byte-order mark; bytes that are no UTF-8 become characters that cannot be encoded.
-        with opener(path, 'rt', encoding='utf-8-sig', errors='surrogateescape') as f:
-            for number, line in enumerate(f, start=1):
+        with Gzip(path) if path.suffix.lower() == '.gz' else open(path, 'rb') as file:
+            # -sig drops a byte-order mark; bytes that are no UTF-8 become characters that cannot be encoded.
+            lines = io.TextIOWrapper(file, encoding='utf-8-sig', errors='surrogateescape')
+            for number, line in enumerate(lines, start=1):
                 line.encode()
-                if rows:
-                    yield '' if line.isspace() else '' + (json.loads(line)['text'] or '')
+                if '\0' in line:                       # UTF-16 of Latin letters is UTF-8 by accident
+                    raise UnicodeError
+                if name.endswith(ROWS):
+                    text = '' if line.isspace() else json.loads(line)['text']
+                    yield None if text is None else '' + text
                     continue
+                if number == 1 and line.startswith('{') and '"text"' in line:
+                    raise ValueError('these are JSON lines: give the file a name that ends in .jsonl')
                 ends = line.removesuffix('\n') == split_line
                 held += '' if ends else line
                 if ends or split_line is None and len(held) >= PIECE:
@@ -260,17 +288,38 @@ def documents_of(path, split_line=None):
     except ImportError:
         raise UserError('parquet files need pyarrow: pip install pyarrow, then the same again') from None
     except UnicodeError:
-        raise UserError(f'{path}, line {number}: not UTF-8; try iconv -f ENCODING -t utf-8') from None
+        raise UserError(f'{path}, line {number}: not UTF-8; unpack it, or try '
+                        f'iconv -f {likely_encoding(path)} -t utf-8') from None
     except Exception as error:                         # what is damaged fails in many ways
         raise UserError(f'{path}, line {number}: missing, damaged or without a "text" ({error!r})') from None
 
+def files_below(folder):
+    """The files below a folder that end in one of IN_FOLDERS, sorted; says how many others there are, by
+    ending. Names that begin with a dot are not the user's text. Raises UserError."""
+    def unreadable(error):
+        raise UserError(f'{error.filename} cannot be read ({error.strerror}): allow it, or name other paths')
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        found += [Path(parent, name) for name in names if not name.startswith('.')]
+    taken = [path for path in sorted(filter(Path.is_file, found))
+             if path.name.lower().removesuffix('.gz').endswith(IN_FOLDERS)]
+    left = Counter(path.suffix.lower() or path.name for path in set(found).difference(taken))
+    endings = ', '.join(f'{n:,} {ending}' for ending, n in left.most_common(9))
+    print(f'{folder}: {len(taken):,} files are read, {left.total():,} are not ({endings or "none"})')
+    return taken
+
 def file_documents(paths, split_line=None):
-    """The documents of files, and of those below folders with a known ending, sorted, none hidden."""
+    """The documents of files, and of those below folders; None for a row without text, which are counted."""
+    without = 0
     for top in map(Path, paths):
-        for path in sorted(top.rglob('*')) if top.is_dir() else [top]:
-            hidden = any(part.startswith('.') for part in path.relative_to(top).parts)
-            if path == top or path.is_file() and path.name.lower().endswith(ENDINGS) and not hidden:
-                yield from documents_of(path, split_line)
+        for path in files_below(top) if top.is_dir() else [top]:
+            for text in documents_of(path, split_line):
+                without += text is None
+                yield text
+    if without:
+        print(f'{without:,} rows without text are left out')
 
 # ------------------------------------------------------------------------------------------------------------
 # Downloading and writing: long work that others may be doing too, and may want to watch

@@ -222,7 +222,7 @@ def cli(main):
         except (UserError, OSError) as error:                     # OSError: disk full, no permission, ...
             message, status = f'error: {error}', getattr(error, 'status', 1)
         except KeyboardInterrupt as error:
-            message, status = str(error) or 'interrupted', 130
+            message, status = error.args or ('interrupted', 130)
         print(message, file=sys.stderr)
         sys.exit(status)
     return run

@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -380,15 +381,28 @@ def test_how_a_text_file_is_cut(tmp_path, raw, sizes):
     assert [len(text) for text in read(tmp_path / 'a.txt')] == sizes
     assert ''.join(read(tmp_path / 'a.txt')) == raw.decode('utf-8-sig').replace('\r', '\n')
 
-def test_folders_rows_and_packed_files(tmp_path):
+def test_folders_rows_and_packed_files(tmp_path, capsys, monkeypatch):
     (tmp_path / 'sub' / '.git').mkdir(parents=True)
     for name, text in (('c.MD', 'upper'), ('a.log', 'log'), ('.hidden.txt', 'no'), ('sub/.git/x.txt', 'no'),
                        ('sub/b.jsonl', '{"text": "two\\nlines"}\r\n\n{"text": null}\n{"text": "\\u00e9"}\n'),
-                       ('d.PY', '\ufeffpy'), ('a.txt', 'txt')):
+                       ('d.PY', '\ufeffpy'), ('a.txt', 'txt'), ('sub/x.json', '{"text": "object"}\n'),
+                       ('f.NDJSON', '{"text": "f"}\r{"text": "g"}\r'), ('._a.txt', 'no'), ('B.LOG', 'log')):
         (tmp_path / name).write_text(text, newline='')
-    (tmp_path / 'e.jsonl.GZ').write_bytes(gzip.compress(b'{"text": "row"}') + bytes(100))      # padded
-    assert read(tmp_path) == ['txt', 'upper', 'py', 'row', 'two\nlines', 'é']
+    for end in (bytes(100), b'\r\n'):                   # padded, or damaged where no text is any more
+        (tmp_path / 'e.jsonl.GZ').write_bytes(gzip.compress(b'{"text": "row"}') + end)
+        assert read(tmp_path) == ['txt', 'upper', 'py', 'row', 'f', 'g', 'two\nlines', 'é']
+        out = capsys.readouterr().out
+        assert f'{tmp_path}: 6 files are read, 3 are not (2 .log, 1 .json)\n' in out, out
+        assert '1 rows without text' in out and ('what follows it is no gzip' in out) == (end == b'\r\n')
     assert read(tmp_path / 'a.log', str(tmp_path / '.hidden.txt')) == ['log', 'no']            # named
+    assert read(tmp_path / 'sub/x.json') == ['object']
+    for name in ('rows.txt', 'rows'):                   # a wrong ending
+        (tmp_path / name).write_text('{"text": "row"}\n' * 9)
+        refuses('rows.*JSON lines.*jsonl', read, tmp_path / name)
+    scandir = os.scandir
+    with monkeypatch.context() as patch:                # root, who may run this, can read all
+        patch.setattr(os, 'scandir', lambda path: open('/x/') if str(path).endswith('sub') else scandir(path))
+        refuses('/x/ cannot be read', read, tmp_path)
     assert read(tmp_path / 'sub' / '.git') == ['no']
     (tmp_path / 'a.txt').write_text('\ufeff%\n' + 'a\n' * 9999 + '%\nb%\n%\nc')
     assert list(prepare_data.file_documents([tmp_path / 'a.txt'], '%')) == ['', 'a\n' * 9999, 'b%\n', 'c']
@@ -396,8 +410,12 @@ def test_folders_rows_and_packed_files(tmp_path):
 @pytest.mark.parametrize('name, raw, words', [
     *(('a.jsonl', b'{"text": "good"}\n' + row + b'\n', 'line 2: missing, damaged or without a "text"')
       for row in (b'{', b'{"txt": "a"}', b'["a"]', b'{"text": 3}')),
-    *((name, b'\n' * 9 + raw, f'{name}, line 10: not UTF-8; try iconv -f ENCODING -t utf-8')
-      for name in ('a.txt', 'a.jsonl') for raw in (b'\xff\xfea\0', b'\xed\xa0\x80', b'\xe4\xb8')),
+    *((name, b'\n' * 9 + raw, f'{name}, line 10: not UTF-8; unpack it, or try iconv -f ENCODING -t utf-8')
+      for name in ('a.txt', 'a.jsonl') for raw in (b'\xff\xfea\0', b'\xed\xa0\x80', b'\xe4\xb8', b'\0')),
+    *((name, f'{mark}{text}'.encode(encoding), f'line 1: not UTF-8; .* iconv -f {guess} -t utf-8')
+      for name, text in (('a.txt', 'some words\n' * 9), ('a.json', '{"text": "some words"}\n'))
+      for mark, encoding, guess in (('', 'utf-16-le', 'UTF-16LE'), ('', 'utf-16-be', 'UTF-16BE'),
+                                    ('\ufeff', 'utf-16-be', 'UTF-16'), ('\ufeff', 'utf-16-le', 'UTF-16'))),
     *(('a.txt.gz', raw, 'a.txt.gz, line .* damaged') for whole in [gzip.compress(b'abcdefghi' * 999)]
       for raw in (whole[:-9], whole[:20], whole[:30] + b'x' * 9 + whole[39:], b'text'))])
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, raw, words):
@@ -531,15 +549,18 @@ def test_a_broken_download_goes_on_where_it_stopped(server):
         assert prepare_data.download(f'{url}/a', 'b').read_bytes() == body
         Path('b').unlink()
 
-def test_downloads_that_cannot_succeed_say_why(server, tmp_path, monkeypatch):
+def test_downloads_that_cannot_succeed_say_why(server, tmp_path, monkeypatch, capsys):
     url, handler = server
     handler.files['/a'] = b'abc'
     with prepare_data.locked('a.part', 'x'):
         refuses('another process is downloading a', prepare_data.download, f'{url}/a', 'a')
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, 'fcntl', None)                  # Windows has no such locks
-            assert prepare_data.download(f'{url}/a', 'a').read_bytes() == b'abc'
-    Path('a').unlink()
+        without = SimpleNamespace(LOCK_EX=1, LOCK_NB=2, flock=lambda *_: os.stat('any OSError'))
+        for module in (None, without):                  # Windows, a file system
+            with monkeypatch.context() as patch:
+                patch.setitem(sys.modules, 'fcntl', module)
+                assert prepare_data.download(f'{url}/a', 'a').read_bytes() == b'abc'
+                assert capsys.readouterr().out.count('no locks here') == 1
+            Path('a').unlink()
     refuses('sha256', prepare_data.download, f'{url}/a', 'a', '0' * 64)
     assert not list(tmp_path.iterdir())                                # what is damaged is not gone on with
     Path('a.part').write_bytes(b'too much')
@@ -547,6 +568,10 @@ def test_downloads_that_cannot_succeed_say_why(server, tmp_path, monkeypatch):
     Path('a.part').write_bytes(b'ab')
     for wrong, words in (('htp://x', 'htp'), ('x', 'x'), ('http://a..b', 'label'), (f'{url}/x', '404')):
         refuses(words, prepare_data.download, wrong, 'a')
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'socks', None)
+        patch.setenv('https_proxy', 'socks5://127.0.0.1:9')
+        refuses('SOCKS', prepare_data.download, 'https://x.invalid/a', 'a')
     handler.faults[:] = [None, 503, 503, None, 503]                    # five attempts
     refuses('503.*run this again', prepare_data.download, f'{url}/a', 'a')
     assert prepare_data.download(f'{url}/a', 'a').read_bytes() == b'abc' and handler.asked[-1] == 'bytes=2-'
@@ -626,6 +651,14 @@ def test_what_the_readme_names_exists():
         for flag in re.findall(r'--([a-z_]+)', command):
             assert flag.removeprefix('no_') in known, command
 
+def test_the_lowest_python_that_the_readme_names_has_all_that_is_used():
+    pytest.importorskip('vermin')
+    lowest = re.search(r'Python (3\.\d+) or newer', (REPO / 'README.md').read_text(encoding='utf-8'))[1]
+    scripts = [path for folder in ('', 'interface', 'results') for path in (REPO / folder).glob('*.py')]
+    for older, status in ((lowest, 0), ('3.9', 1)):                    # there is no zip(..., strict=True)
+        command = [sys.executable, '-c', 'from vermin.main import main; main()', f'-t={older}-', *scripts]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == status, done.stdout
 # ------------------------------ The model: sizes of the paper, to the digit
 def test_parameter_counts_of_the_paper(capsys):
     with torch.device('meta'):
@@ -870,6 +903,10 @@ def test_every_group_has_its_rate_and_matrices_alone_decay():
         for step, factor in ((0, 0.2), (3, 0.8), (4, 1), (14, 0.55), (24, 0.1)):
             grow.set_rates(optimizers, c, step, 24)
             assert [g['lr'] / g['peak'] for _, g in groups] == pytest.approx([factor] * 2)
+        for steps, factors in ((6, (1 / 4, 1 / 2, 3 / 4, 1)), (1, [1])):         # no room for a warm-up of 4
+            for step, factor in enumerate(factors):
+                grow.set_rates(optimizers, c, step, steps)
+                assert groups[0][1]['lr'] / groups[0][1]['peak'] == pytest.approx(factor)
 
 # ------------------------------ LoRA: within the budget, exact at birth, and gone after the merge
 def test_lora_budget_of_the_paper():
@@ -975,7 +1012,7 @@ def test_val_loss_is_weighted_and_in_three_units(here, monkeypatch):
     monkeypatch.setattr(grow, 'evaluate', lambda model, d, c, amp: 1.0 if d is dataset else 1e4)
     monkeypatch.setattr(grow, 'in_units', lambda loss, d: dict(val_loss=loss))
     val = grow.validate(None, batches, None, None)
-    assert val == dict(val_loss=2500.75, perplexity=math.exp(700), val_stdlib=1, val_other=1e4)
+    assert val == dict(val_loss=2500.75, perplexity=math.inf, val_stdlib=1, val_other=1e4)
 
 def test_evaluation_counts_every_token_once(here):
     model, dataset = model_of(config()), prepare_data.Dataset('stdlib')
@@ -1081,6 +1118,7 @@ def test_load_model_and_sampling(here, monkeypatch, capsys):
     logits, (none, loss) = model(x), model(x, x)
     assert logits.shape == (2, 16, substrate.VOCAB) and none is None and not model.training
     assert torch.allclose(loss, F.cross_entropy(logits.flatten(0, 1), x.flatten()), atol=1e-4)
+    assert 'in mid-training' not in capsys.readouterr().out
     for text in ('', '\ud83d', 'Привет'):
         grow.main(['--sample', text, '--out', 'run', '--length', '9', '--device', 'cpu'])
     assert 'Привет' in capsys.readouterr().out
@@ -1178,6 +1216,7 @@ def test_compiled_run_equals_eager(here, monkeypatch, capsys):
     c = config(compile=True)
     grow.set_up(c)
     assert c.compile is False and 'no compiler works here' in capsys.readouterr().out
+    fails(capsys, flags(out='run', compile=True), '--compile cannot be obeyed', '--no-compile')
 
 # ------------------------------ Mistakes of users
 WRONG = [
@@ -1198,6 +1237,8 @@ def test_missing_things_are_named(here, capsys):
     for changes, words in ((dict(data='nothing'), 'prepare_data.py'), (dict(substrate='no.npy'), 'no.npy')):
         fails(capsys, flags(out='run', **changes), words)
     fails(capsys, flags(out='run', data='stdlib:x'), 'stdlib:x', 'weight', status=2)
+    Path('file').touch()
+    fails(capsys, flags(out='file'), 'file is a file', 'another --out')
     fails(capsys, ['--sample', 'x', '--out', 'nowhere'], 'nowhere')
     fails(capsys, ['--sample', 'x'], 'out/')
     if not torch.cuda.is_available():
@@ -1210,10 +1251,14 @@ def test_missing_things_are_named(here, capsys):
 def test_damaged_checkpoints_are_refused(own, capsys):
     whole, good, rng = (own / 'latest.pt').read_bytes(), grow.load('run')['model'], random.Random(0)
     others = {'nanogpt.pt': {'model': {}, 'iter_num': 3, 'config': {}}, 'list.pt': [torch.zeros(3)],
-              'tokenizer.pt': grow.load('run') | dict(tokenizer='another')}
+              'tokenizer.pt': grow.load('run') | dict(tokenizer='another'),
+              'nan.pt': grow.load('run') | dict(model=good | {'norm.bias': torch.full((32,), math.nan)})}
     for name, content in others.items():
         torch.save(content, name)
         fails(capsys, ['--sample', 'x', '--out', name], name)
+    for wrong in ({'norm.bias': torch.ones(31)}, {'more': torch.ones(1)}, {'head.ids': good['head.ids'][1:]}):
+        torch.save(grow.load('run') | dict(model=good | wrong), 'wrong.pt')
+        fails(capsys, ['--sample', 'x', '--out', 'wrong.pt'], 'other shapes')
     found = 0
     for damage in (b'', whole[:1000], whole[:-50], whole[1:], (own / 'log.csv').read_bytes(),
                    *(flipped(whole, rng) for _ in range(12))):
@@ -1297,23 +1342,27 @@ def test_two_runs_on_one_folder(here, capsys):
     with prepare_data.locked('run/.lock0', 'training'):
         fails(capsys, flags(out='run'), 'another process is writing to run')
 
-@pytest.mark.parametrize('often, step, words', [(1, 13, 'stopped: go on with --resume --out run'),
-                                                (2, 10, 'interrupted')])
-def test_ctrl_c_once_writes_a_checkpoint(here, whole, monkeypatch, capsys, often, step, words):
+@pytest.mark.parametrize('number, often, step, words', [
+    (signal.SIGINT, 1, 13, 'stopped: go on with --resume --out run'), (signal.SIGINT, 2, 10, 'interrupted'),
+    (signal.SIGTERM, 1, 13, 'stopped: go on with --resume --out run')])
+def test_ctrl_c_once_writes_a_checkpoint(here, whole, monkeypatch, capsys, number, often, step, words):
     original, calls = grow.train_step, []
 
     def interrupt(*args):
         calls.append(1)
         for _ in range(often if len(calls) == 13 else 0):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return original(*args)
     monkeypatch.setattr(grow, 'train_step', interrupt)
     with pytest.raises(SystemExit) as end:
         grow.main(flags(out='run', lora='last'))
-    assert end.value.code == 130 and grow.load('run')['state']['global_step'] == step
+    assert end.value.code == 128 + number and grow.load('run')['state']['global_step'] == step
     assert capsys.readouterr().err == words + '\n'
+    grow.load_model('run')
+    assert ('run was saved in mid-training' in capsys.readouterr().out) == (step == 13)
     grow.main(['--resume', '--out', 'run'])
-    assert same_weights('run', whole) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert same_weights('run', whole)
+    assert {n: signal.getsignal(n) for n in grow.SIGNALS} == grow.SIGNALS
 
 def test_a_pipe_that_nobody_reads(tmp_path):
     script = 'import substrate\nsubstrate.cli(lambda argv: print("a line\\n" * {}))()'
@@ -1502,7 +1551,10 @@ def test_eval_writes_a_row_for_every_question(own, mmlu, capsys):
     write_squad(mmlu / 'dev-v2.0.json', [['x']])
     assert 'f1' in evaluate('eval_squad.json', 'run', '--task', 'squad', '--data', mmlu)['summary']['total']
     shutil.copytree('run', 'other')
-    [(_, target)] = eval_mmlu.targets(['run', 'other'], 'mmlu')
+    shutil.copytree('run', 'third')
+    others = [eval_mmlu.targets(['run', name], 'mmlu')[0][1] for name in ('third', 'other')]
+    target = others.pop()
+    assert others != [target]
     merged = evaluate(target.name, 'run', 'other', '--data', mmlu)
     assert (saved['summary']['layers'], merged['summary']['layers'], len(merged['rows'])) == (3, 6, 12)
 

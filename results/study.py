@@ -1,23 +1,22 @@
 """
-The controlled study: what does growth cost or gain against training all layers at once, and do glyphs matter?
+The study: when do nine layers beat three, what does growing them cost, and do glyphs matter there?
 
-    python results/study.py                            # the table of results/study, in seconds
-    python results/study.py out/mine --flags="--context 128" --only A.grown    # trains such arms there first
+    python results/corpus.py                 # the text, data/docs
+    python results/study.py                  # trains every arm that is not finished; stop it when you like
+    python results/study.py --table          # trains nothing: table and picture of the arms that are finished
 
-An arm is FOLDER/ARM: its run, with result.json once it is finished, so stop it and start it again at will.
-Tier A compares ways to grow at equal tokens; tier B, half as long, token interfaces. Writes out/FOLDER.csv
-and .txt; `pictures.py loss` draws the logs of arms.
-
-results/study is the record of the first edition (commits f9e3f6b to 8146166); run.txt says how each arm was
-made. At b189083 this script makes all of it, with arms of equal FLOPs, scores, and pictures.
+An arm is a run out/study/ARM and its record results/depth/ARM.json. All cost as many FLOPs as nine layers
+at once on --tokens, or the fraction x of them in their name, optimiser apart; but those named `tokens` read
+as many tokens. Two arms train side by side, one thread each. Writes results/depth.csv, .txt and .png.
 """
 
 import argparse
 import dataclasses
 import json
-import shlex
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,90 +24,119 @@ sys.path.insert(0, str(HERE.parent))
 
 import grow
 import pictures
+import prepare_data
 from substrate import Parser, UserError, cli, replacing
 
-FLAGS = '--d_model 256 --heads 8 --context 256 --batch_tokens 1024 --eval_tokens 1_000_000'
-EQUAL = '--stage_ratio 1'
-RECIPES = dict(grown=EQUAL, lora=EQUAL + ' --lora interleaved', long='--stage_ratio 0.1')      # ways to grow
+COMMON = '''--data docs --d_model 64 --heads 2 --context 128 --batch_tokens 4096 --micro_batch 32
+    --eval_tokens 200_000 --device cpu --save_every 2'''.split()
+# Ways to grow, each in three stages; a LoRA phase has half a stage's tokens.
+WAYS = {'equal': '', 'long': '--stage_ratio 0.35', 'identity': '--birth identity',
+        'lora': '--lora interleaved', 'last': '--lora last'}
 
-def costs(flags, head_rows):
-    """FLOPs of a whole run, in blocks and in all."""
-    rows = grow.ledger(grow.configure(flags)[0], head_rows)
-    block, head = (sum(row[kind] * row['tokens'] for row in rows) for kind in ('block_flops', 'head_flops'))
-    return dict(block_flops=block, total_flops=block + head)
-
-def sized(flags, tokens):
-    """Flags with stages so long that the run has so many tokens; LoRA phases are as long as the first one."""
-    c, _ = grow.configure(flags)
-    plan = grow.phases(dataclasses.replace(c, monolithic=False))
-    first = tokens / sum(c.stage_ratio if phase.kind == 'grow' and phase.stage > 1 else 1 for phase in plan)
-    return [*flags, '--stage_tokens', str(round(first)), '--lora_tokens', str(round(first))]
-
-def arms(common, tokens):
-    """{name: flags of grow.py}."""
+def arms(tokens):
+    """{name: (flags, share of the FLOPs or None, share of the tokens or None)}, the most telling first."""
     found = {}
     for seed in '01':
-        base = [*common, '--seed', seed]
-        found[f'A.mono_2e-3.s{seed}'] = sized([*base, *EQUAL.split(), '--monolithic', '--lr', '2e-3'], tokens)
-        found[f'A.three_layers.s{seed}'] = sized([*base, '--layers', '3'], tokens)
-        for recipe, more in RECIPES.items():
-            found[f'A.{recipe}.tokens.s{seed}'] = sized([*base, *more.split()], tokens)
-    for name in ('unicode', 'binary', 'random', 'learned'):
-        flags = [*common, *EQUAL.split(), '--substrate', name]
-        found[f'B.{name}.grown'] = sized(flags, tokens / 2)
-        found[f'B.{name}.mono'] = sized([*flags, '--monolithic'], tokens / 2)
+        s = f'.s{seed}'
+        for n in (9, 3):
+            found[f'once.{n}.x1{s}'] = f'--monolithic --layers {n} --seed {seed}', 1, None
+        found[f'grown.equal.x1{s}'] = f'--seed {seed}', 1, None
+        found[f'grown.equal.tokens{s}'] = f'--seed {seed}', None, 1
+        found[f'grown.long.x1{s}'] = f'{WAYS["long"]} --seed {seed}', 1, None
+    for x in (1 / 8, 1 / 4, 1 / 2):
+        for n in (9, 3, 6):
+            found[f'once.{n}.x{x:g}.s0'] = f'--monolithic --layers {n}', x, None
+    found['once.6.x1.s0'] = '--monolithic --layers 6', 1, None
+    for way in ('identity', 'lora', 'last'):
+        found[f'grown.{way}.x1.s0'] = WAYS[way], 1, None
+    for substrate in ('random', 'binary', 'learned'):
+        for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
+            found[f'{substrate}.{how}.x0.5.s0'] = f'--substrate {substrate} {flags}', 1 / 2, None
+    found['grown.long.tokens.s0'] = WAYS['long'], None, 1
+    for lr in ('4e-3', '16e-3'):
+        for n in (9, 3):
+            found[f'once.{n}.lr{lr}.x0.25.s0'] = f'--monolithic --layers {n} --lr {lr}', 1 / 4, None
     return found
 
-def train(out, flags):
-    """Trains the run `out`, or goes on with it, or leaves it as it is where it is finished."""
-    if Path(out, 'latest.pt').exists():
-        ckpt = grow.load(out)
-        if ckpt['state']['phase'] == len(grow.phases(grow.Config(**ckpt['config']))):
-            return
-        flags = ['--resume']
-    print(f'\n=== {out}', flush=True)
-    process = subprocess.Popen([sys.executable, HERE.parent / 'grow.py', '--out', out, *flags])
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.wait()                                 # it got the Ctrl-C as well and is saving its state
-        raise
-    if status:
-        raise UserError(f'training {out} ended with status {status}, see above; the same command goes on')
+def sized(flags, rows, flops, tokens):
+    """The flags of an arm with stages so long that it costs so many FLOPs, or reads so many tokens."""
+    flags = [*COMMON, *flags.split()]
+    c, _ = grow.configure([*flags, '--stage_tokens', '1_000_000', '--lora_tokens', '500_000'])
+    has = costs(c, rows)
+    scale = flops / has['flops'] if flops else tokens / has['tokens']
+    return [*flags, '--stage_tokens', str(round(1e6 * scale)), '--lora_tokens', str(round(5e5 * scale))]
 
-def row_of(name, r):
-    """A row of the table, from an arm's result.json."""
-    last = r['history'][-1]
-    return dict(arm=name, layers=last['layers'], total_params=last['total_params'],
-                active_params=max(h['active_params'] for h in r['history']), tokens=last['tokens'],
-                block_flops=f'{r["block_flops"]:.3g}', total_flops=f'{r["total_flops"]:.3g}',
-                minutes=round(r['seconds'] / 60, 1), val_loss=last['val_loss'],
-                perplexity=last['perplexity'], bits_per_byte=last['bits_per_byte'],
-                by_phase=' '.join(f'{h["val_loss"]:.3f}' for h in r['history']))
+def costs(c, rows):
+    """Training FLOPs of a run, in all and in blocks, and its tokens."""
+    phases = grow.ledger(c, rows)
+    blocks, head = (sum(p[kind] * p['tokens'] for p in phases) for kind in ('block_flops', 'head_flops'))
+    return dict(flops=blocks + head, block_flops=blocks, tokens=sum(p['tokens'] for p in phases))
+
+def train(name, flags, rows):
+    """Trains an arm, or goes on with it, and records what came of it."""
+    out, record = f'out/study/{name}', HERE / f'depth/{name}.json'
+    if Path(out, 'latest.pt').exists():
+        flags = ['--resume', '--save_every', '2']
+    done = subprocess.run([sys.executable, HERE.parent / 'grow.py', '--out', out, *flags],
+                          env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f'{name} ended with status {done.returncode}: {done.stderr.strip()[-200:]}')
+    ckpt = grow.load(out)
+    c = grow.Config(**ckpt['config'])
+    last = ckpt['state']['history'][-1]
+    result = dict(arm=name, layers=c.layers, **costs(c, rows), seconds=last['seconds'],
+                  by_phase=[h['val_loss'] for h in ckpt['state']['history']], val_loss=last['val_loss'],
+                  command=f'python grow.py {" ".join(map(str, done.args[4:]))}', log=ckpt['state']['log'])
+    with replacing(record) as path:
+        path.write_text(json.dumps(result, indent=1))
+    print(f'{name}: val loss {last["val_loss"]:.3f} after {last["seconds"] / 60:.0f} min', flush=True)
+
+def curves(results):
+    """Val loss over FLOPs: a line for each depth trained at once, a sign for each way to grow."""
+    figure, ax = pictures.plt.subplots(figsize=(8, 4.6), layout='constrained')
+    signs = iter('osD^vP*X')
+    for n, colour in zip((3, 6, 9), pictures.RUNS):
+        places = sorted((r['flops'], r['val_loss']) for r in results if r['arm'].startswith(f'once.{n}.x'))
+        ax.plot(*zip(*places), 'o-', color=colour, label=f'{n} layers, trained at once')
+    for way in WAYS:
+        places = [(r['flops'], r['val_loss']) for r in results if r['arm'].startswith(f'grown.{way}.')]
+        ax.plot(*zip(*places), next(signs), ls='', color=pictures.INK, mfc='white', label=f'9, grown: {way}')
+    pictures.tidy(ax, xlabel='training FLOPs', ylabel='val loss, nats a token', xscale='log')
+    ax.legend(edgecolor='white', fontsize=8)
+    return figure
 
 @cli
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', nargs='?', type=Path, default=HERE / 'study', help='(results/study)')
-    parser.add_argument('--tokens', type=int, default=221_184, help='of a tier A arm (%(default)s)')
-    parser.add_argument('--flags', default='', help=f'of grow.py for every arm, after {FLAGS}')
+    parser.add_argument('--tokens', type=int, default=4_800_000, help='of nine layers at once (%(default)s)')
     parser.add_argument('--only', nargs='+', default=[''], metavar='NAME', help='arms that begin so')
+    parser.add_argument('--table', action='store_true', help='train nothing')
     args = parser.parse_args(argv)
-    for name, flags in arms([*FLAGS.split(), *shlex.split(args.flags)], args.tokens).items():
-        arm = args.folder / name
-        if name.startswith(tuple(args.only)) and not (arm / 'result.json').exists():
-            train(arm, flags)
-            ckpt = grow.load(arm)
-            state, head_rows = ckpt['state'], len(ckpt['model']['head.ids'])
-            result = dict(flags=flags, history=state['history'], seconds=state['seconds'],
-                          **costs(flags, head_rows))
-            with replacing(arm / 'result.json') as path:
-                path.write_text(json.dumps(result, indent=1))
-    results, out = sorted(args.folder.glob('*/result.json')), Path('out', args.folder.name)
-    if not results:
-        raise UserError(f'{args.folder} has no finished arm: give other names to --only, or leave it out')
-    rows = [row_of(path.parent.name, json.loads(path.read_text())) for path in results]
-    pictures.write_tables(out, rows)
+    (HERE / 'depth').mkdir(exist_ok=True)
+    if not args.table:
+        rows = int((prepare_data.Dataset('docs').counts > 0).sum())
+        nine = grow.configure([*COMMON, '--monolithic', '--stage_tokens', str(args.tokens // 3)])[0]
+        whole = costs(nine, rows)
+        with ThreadPoolExecutor(2) as pool:
+            jobs = []
+            for name, (flags, x, share) in arms(args.tokens).items():
+                if name.startswith(tuple(args.only)) and not (HERE / f'depth/{name}.json').exists():
+                    flags = sized(flags, rows, x and x * whole['flops'], share and share * whole['tokens'])
+                    jobs.append(pool.submit(train, name, flags, rows))
+            for job in jobs:
+                job.result()
+    results = [json.loads(path.read_text()) for path in sorted((HERE / 'depth').glob('*.json'))]
+    base = {s: next((r['val_loss'] for r in results if r['arm'] == f'once.9.x1.s{s}'), None) for s in '01'}
+    table = []
+    for r in results:
+        nine = base[r['arm'][-1]]
+        table.append(dict(arm=r['arm'], layers=r['layers'], tokens=r['tokens'], flops=f'{r["flops"]:.3g}',
+                          block_flops=f'{r["block_flops"]:.3g}', minutes=round(r['seconds'] / 60, 1),
+                          val_loss=r['val_loss'], over_nine=r['val_loss'] / nine if nine else '',
+                          by_phase=' '.join(f'{x:.3f}' for x in r['by_phase'])))
+    pictures.write_tables(HERE / 'depth', table)
+    with replacing(HERE / 'depth.png') as path:
+        curves(results).savefig(path, format='png', dpi=160)
 
 if __name__ == '__main__':
     main()
