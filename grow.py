@@ -528,20 +528,17 @@ def evaluate(model, dataset, c, amp):
             total += loss.item() * counted
     return over_processes(total) / over_processes(tokens)
 
-def perplexity(loss):
-    """Infinite where it is too large for a float."""
-    return math.exp(loss) if loss < 709 else math.inf
-
 def in_units(loss, dataset):
     """A loss in nats a token -> the three units in which it is read."""
     bits_per_byte = loss / math.log(2) / dataset.bytes_per_token
-    return dict(val_loss=loss, perplexity=perplexity(loss), bits_per_byte=bits_per_byte)
+    perplexity = math.exp(loss) if loss < 709 else math.inf        # else it is too large for a float
+    return dict(val_loss=loss, perplexity=perplexity, bits_per_byte=bits_per_byte)
 
 def validate(model, batches, c, amp):
     """The three units, averaged over the data sets by weight, and the loss of each if there are several."""
     each = [in_units(evaluate(model, d, c, amp), d) for d in batches.datasets]
     val = {unit: float(np.average([e[unit] for e in each], weights=batches.weights)) for unit in each[0]}
-    val['perplexity'] = perplexity(val['val_loss'])
+    val['perplexity'] = in_units(val['val_loss'], batches.datasets[0])['perplexity']
     if len(each) > 1:
         val |= {f'val_{d.name}': e['val_loss'] for d, e in zip(batches.datasets, each)}
     return val
@@ -599,8 +596,7 @@ def groups_of(optimizers):
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 def set_rates(optimizers, c, step, steps):
-    """Learning rates for a step of a phase: linear warm-up, over at most half of it, then a cosine from the
-    peak to a tenth of it."""
+    """Rates of a step: linear warm-up, over half a phase at most, then a cosine from the peak to a tenth."""
     warmup = min(c.warmup, steps // 2)
     factor = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
     if step < warmup:

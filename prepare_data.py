@@ -248,16 +248,14 @@ class Gzip(gzip.GzipFile):
 
 def likely_encoding(path):
     """What iconv calls the encoding of a file, as far as its first character tells, a mark or a Latin one."""
-    with open(path, 'rb') as file:
-        start = file.read(2)
+    start = path.read_bytes()[:2]
     if start in (b'\xff\xfe', b'\xfe\xff'):
         return 'UTF-16'
     return {0: 'UTF-16BE', 1: 'UTF-16LE'}.get(start.find(0), 'ENCODING')
 
 def documents_of(path, split_line=None):
-    """Yields the column "text" of a .parquet file, or the "text" of each line of a file of ROWS, where it may
-    be None; and of any other file what is between lines that are `split_line`, or else pieces of whole lines.
-    Raises UserError."""
+    """Yields "text" of each row of a .parquet file or a file of ROWS, perhaps None; of any other file what is
+    between lines that are `split_line`, or else pieces of whole lines. Raises UserError."""
     name, number, held = path.name.lower().removesuffix('.gz'), 0, ''
     try:
         if name.endswith('.parquet'):
@@ -294,12 +292,10 @@ def documents_of(path, split_line=None):
         raise UserError(f'{path}, line {number}: missing, damaged or without a "text" ({error!r})') from None
 
 def files_below(folder):
-    """The files below a folder that end in one of IN_FOLDERS, sorted; says how many others there are, by
-    ending. Names that begin with a dot are not the user's text. Raises UserError."""
+    """The files below a folder by IN_FOLDERS, sorted, none hidden; says what it leaves. Raises UserError."""
+    found = []
     def unreadable(error):
         raise UserError(f'{error.filename} cannot be read ({error.strerror}): allow it, or name other paths')
-
-    found = []
     for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith('.')]
         found += [Path(parent, name) for name in names if not name.startswith('.')]

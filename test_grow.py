@@ -1008,10 +1008,11 @@ def test_val_loss_is_weighted_and_in_three_units(here, monkeypatch):
     dataset = prepare_data.Dataset('stdlib')
     want = dict(val_loss=2, perplexity=math.e**2, bits_per_byte=2 / math.log(2) / dataset.bytes_per_token)
     assert grow.in_units(2.0, dataset) == pytest.approx(want)
-    batches = type('Two', (), dict(datasets=[dataset, Path('other')], weights=[3, 1]))()
+    other = SimpleNamespace(name='other', bytes_per_token=dataset.bytes_per_token)
+    batches = SimpleNamespace(datasets=[dataset, other], weights=[3, 1])
     monkeypatch.setattr(grow, 'evaluate', lambda model, d, c, amp: 1.0 if d is dataset else 1e4)
-    monkeypatch.setattr(grow, 'in_units', lambda loss, d: dict(val_loss=loss))
     val = grow.validate(None, batches, None, None)
+    assert val.pop('bits_per_byte') == pytest.approx(2500.75 / math.log(2) / dataset.bytes_per_token)
     assert val == dict(val_loss=2500.75, perplexity=math.inf, val_stdlib=1, val_other=1e4)
 
 def test_evaluation_counts_every_token_once(here):
