@@ -246,7 +246,7 @@ def test_tables_of_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize('error, status, words', [
     (OSError(28, 'No space left', 'log.csv'), 1, "error: [Errno 28] No space left: 'log.csv'\n"),
     (substrate.UserError('why'), 1, 'error: why\n'), (substrate.UserError('why', 2), 2, 'error: why\n'),
-    (KeyboardInterrupt(), 130, 'interrupted\n'), (KeyboardInterrupt('stopped'), 130, 'stopped\n')])
+    (KeyboardInterrupt(), 130, 'interrupted\n'), (KeyboardInterrupt('stopped', 143), 143, 'stopped\n')])
 def test_errors_end_in_one_sentence(error, status, words, monkeypatch, capsys):
     @substrate.cli
     def main(argv):
