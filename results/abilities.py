@@ -3,14 +3,13 @@ What depth can do at this size: four abilities that small models learn, scored a
 
     python results/abilities.py out/study/grown.equal.x1.s0 out/study/once.9.x1.s0 out/study/once.3.x1.s0
 
-- copy: 50 random tokens, then the same again; the share of the second half that is the likeliest token.
-- recall: how much more than from its frequency a rare token of held-out text is expected, in nats, when it
-  stood in the last 128 tokens already, less the same of rare tokens that did not.
-- close: held-out text up to a closing bracket or quote. Is that likelier than with the opening one taken out?
-- name: a made-up name, held-out text between, its first half again. Is the second half likelier than after
-  another name?
+Each is how much likelier, in nats, an end becomes by something that stands in the context; chance is 0.
+- copy: ten random words, then the same again: the second time, against the first, a token.
+- recall: a long word of held-out text, if it stood there before, against another word in its place.
+- close: a closing bracket or quote of held-out text, if the opening one stands there, against none.
+- name: the second half of a made-up name, held-out text after the whole one, against after another name.
 
-Chance is 0 of copy and recall, half of the others, which are pairs. Writes results/abilities.csv, .txt, .png.
+Writes results/abilities.csv, .txt and .png.
 """
 
 import argparse
@@ -29,71 +28,58 @@ import pictures
 import prepare_data
 from substrate import EOS, Parser, UserError, cli, replacing, tokenizer
 
-@torch.no_grad()
-def log_probs(model, rows):
-    """Lists of ids -> of each a tensor: the log-probabilities of its tokens from the second on."""
-    found = []
-    for row in rows:
-        row = torch.tensor(row)
-        logits = model(row[None, :-1])[0].log_softmax(-1)
-        found.append(logits.gather(1, row[1:, None])[:, 0])
-    return found
+ITEMS = 300      # of each ability
 
 @torch.no_grad()
-def copying(model, dataset, random):
-    kinds = np.argsort(-dataset.counts)[:256]
-    halves = random.choice(kinds, (200, 50))
-    idx = torch.from_numpy(np.concatenate([halves, halves], axis=1))
-    hits = torch.cat([(model(part[:, :-1])[:, 50:].argmax(-1) == part[:, 51:]).float().mean(1)
-                      for part in idx.split(8)])
-    return hits.numpy()
+def log_probs(model, ids):
+    """The log-probabilities of ids, a list, from the second on."""
+    idx = torch.tensor(ids)
+    return model(idx[None, :-1])[0].log_softmax(-1).gather(1, idx[1:, None])[:, 0].numpy()
 
-def recalling(model, dataset, random):
-    unigram = prepare_data.unigram_log_probs([dataset], [1]).numpy()
-    sequences = prepare_data.Sequences(dataset, 'val', model.config.context)
-    gains = {True: [], False: []}
-    for i in range(0, len(sequences), max(1, len(sequences) // 200)):
-        row = sequences[i].tolist()
-        [logp] = log_probs(model, [row])
-        for k in range(64, len(row)):
-            if unigram[row[k]] < -7:
-                gains[row[k] in row[:k]].append(logp[k - 1].item() - unigram[row[k]])
-    seen, new = (np.array(gains[key]) for key in (True, False))
-    return seen - new.mean(), np.hypot(seen.std() / len(seen) ** 0.5, new.std() / len(new) ** 0.5)
-
-def held_out(dataset):
-    """The documents of the val split, as text."""
-    ids = np.concatenate(dataset.val)
-    return [tokenizer().decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == EOS) + 1)]
-
-def pairs(model, triples):
-    """Of (context, other context, end), whether the end is likelier after the first one."""
-    encode, wins = tokenizer().encode_ordinary, []
+def gains(model, triples):
+    """Of each (context, other context, end): how much likelier the end is after the one, in nats."""
+    encode, found = tokenizer().encode_ordinary, []
     for context, other, end in triples:
         end = encode(end)
         rows = [encode(text)[-(model.config.context - len(end)):] + end for text in (context, other)]
-        a, b = (logp[-len(end):].sum() for logp in log_probs(model, rows))
-        wins.append(float(a > b))
-    return np.array(wins)
+        a, b = (log_probs(model, row)[-len(end):].sum() for row in rows)
+        found.append(a - b)
+    return found
 
-def closing(model, dataset, random):
+def copying(model, texts, words, random):
     found = []
-    for text in held_out(dataset):
-        for match in re.finditer(r'(?s)[\w,.] ([("])([^()"]{8,60})([)"])', text):
-            if match[1] + match[3] in ('()', '""'):
-                before = text[max(0, match.start() - 60):match.start(1)]
-                found.append((before + match[1] + match[2], before + match[2], match[3]))
-    return pairs(model, [found[i] for i in random.permutation(len(found))[:400]])
+    for _ in range(ITEMS // 3):
+        ids = tokenizer().encode_ordinary(' ' + ' '.join(random.choice(words, 10)))[:60]
+        logp = log_probs(model, ids + ids)
+        found.append((logp[len(ids):] - logp[:len(ids) - 1]).mean())
+    return found
 
-def naming(model, dataset, random):
+def recalling(model, texts, words, random):
+    triples = []
+    for text in texts:
+        match = re.search(r'(?s)\b([a-z]{7,})\b.{20,120}?\b(?=\1\b)', text)
+        if match:
+            before, after = text[max(0, match.start() - 60):match.start()], text[match.end(1):match.end()]
+            triples.append((before + match[1] + after, before + random.choice(words) + after, match[1]))
+    return gains(model, triples[:ITEMS])
+
+def closing(model, texts, words, random):
+    triples = []
+    for text in texts:
+        match = re.search(r'(?s)\(([^()]{15,80})(?=\))|"([^"]{15,80})(?=")', text)
+        if match:
+            before, inside = text[max(0, match.start() - 60):match.start()], match[1] or match[2]
+            triples.append((before + match[0], before + inside, text[match.end()]))
+    return gains(model, triples[:ITEMS])
+
+def naming(model, texts, words, random):
     syllables = 'bra cho dre fli gro hul jin kas lom mur nel pov quo ryt sab tez vun wix yar zet'.split()
-    found = []
-    for text in held_out(dataset)[:400]:
+    triples = []
+    for text in texts[:ITEMS]:
         between = f'. {text[:60].rpartition(" ")[0]}. The '
         a, b, c, d = random.choice(syllables, 4, replace=False)
-        start = [f'This is about {x}{y}{between}{a}' for x, y in ((a, b), (c, d))]
-        found.append((*start, b))
-    return pairs(model, found)
+        triples.append((*(f'This is about {x}{y}{between}{a}' for x, y in ((a, b), (c, d))), b))
+    return gains(model, triples)
 
 ABILITIES = dict(copy=copying, recall=recalling, close=closing, name=naming)
 
@@ -105,7 +91,7 @@ def picture(rows):
             layers, scores, errors = zip(*((row['layers'], row[name], row[f'{name}_stderr'])
                                            for row in rows if row['run'] == run))
             ax.errorbar(layers, scores, errors, color=colour, marker='o', label=run)
-        ax.axhline(0.5 if name in ('close', 'name') else 0, color=pictures.GREY, ls=':')
+        ax.axhline(0, color=pictures.GREY, ls=':')
         pictures.tidy(ax, title=name, xlabel='layers')
     axes[0].legend(edgecolor='white', fontsize=7)
     return figure
@@ -116,21 +102,21 @@ def main(argv=None):
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folders of runs')
     parser.add_argument('--data', default='docs', help='a data set (%(default)s)')
     args = parser.parse_args(argv)
-    dataset, rows = prepare_data.Dataset(args.data), []
+    ids = np.concatenate(prepare_data.Dataset(args.data).val)
+    texts = [tokenizer().decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == EOS) + 1)]
+    words, rows = sorted(set(re.findall(r'\b[a-z]{7,}\b', ' '.join(texts)))), []
     for run in args.runs:
         for path in sorted(Path(run).glob('stage_?.pt')):
             model = grow.load_model(path)
             row = dict(run=Path(run).name, layers=len(model.blocks))
             for name, ability in ABILITIES.items():
-                result = ability(model, dataset, np.random.default_rng(0))
-                scores, stderr = result if isinstance(result, tuple) else (result, None)
-                row[name] = float(scores.mean())
-                row[f'{name}_stderr'] = float(scores.std() / len(scores) ** 0.5 if stderr is None else stderr)
+                scores = np.array(ability(model, texts, words, np.random.default_rng(0)))
+                row[name] = scores.mean().item()
+                row[f'{name}_stderr'] = (scores.std() / len(scores) ** 0.5).item()
             rows.append(row)
-            print(row, flush=True)
     if not rows:
         raise UserError(f'no stage_K.pt in {" ".join(args.runs)}: name folders of runs')
-    pictures.write_tables(HERE / 'abilities', rows, 'chance: 0 of copy and recall, 0.5 of close and name')
+    pictures.write_tables(HERE / 'abilities', rows, f'nats; chance: 0; {ITEMS} items, of copy a third')
     with replacing(HERE / 'abilities.png') as path:
         picture(rows).savefig(path, format='png', dpi=160)
 

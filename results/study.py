@@ -30,29 +30,28 @@ from substrate import Parser, UserError, cli, replacing
 COMMON = '''--data docs --d_model 64 --heads 2 --context 128 --batch_tokens 4096 --micro_batch 32
     --eval_tokens 200_000 --device cpu --save_every 2'''.split()
 # Ways to grow, each in three stages; a LoRA phase has half a stage's tokens.
-WAYS = {'equal': '', 'long': '--stage_ratio 0.35', 'identity': '--birth identity',
-        'lora': '--lora interleaved', 'last': '--lora last'}
+WAYS = dict(equal='', long='--stage_ratio 0.35', identity='--birth identity', lora='--lora interleaved',
+            last='--lora last', warm='--lr_scale_later 1.0', pairs='--layers_per_stage 2')
 
-def arms(tokens):
+def arms():
     """{name: (flags, share of the FLOPs or None, share of the tokens or None)}, the most telling first."""
     found = {}
     for seed in '01':
-        s = f'.s{seed}'
-        for n in (9, 3):
-            found[f'once.{n}.x1{s}'] = f'--monolithic --layers {n} --seed {seed}', 1, None
-        found[f'grown.equal.x1{s}'] = f'--seed {seed}', 1, None
-        found[f'grown.equal.tokens{s}'] = f'--seed {seed}', None, 1
-        found[f'grown.long.x1{s}'] = f'{WAYS["long"]} --seed {seed}', 1, None
-    for x in (1 / 8, 1 / 4, 1 / 2):
-        for n in (9, 3, 6):
-            found[f'once.{n}.x{x:g}.s0'] = f'--monolithic --layers {n}', x, None
-    found['once.6.x1.s0'] = '--monolithic --layers 6', 1, None
-    for way in ('identity', 'lora', 'last'):
-        found[f'grown.{way}.x1.s0'] = WAYS[way], 1, None
+        for x in (1, 1 / 2, 1 / 4, 1 / 8) if seed == '0' else (1,):
+            for n in (9, 3):
+                found[f'once.{n}.x{x:g}.s{seed}'] = f'--monolithic --layers {n} --seed {seed}', x, None
+            if x >= 1 / 2:
+                found[f'grown.equal.x{x:g}.s{seed}'] = f'--seed {seed}', x, None
+        for way in ('long', 'lora') if seed == '0' else ('long',):
+            found[f'grown.{way}.x1.s{seed}'] = f'{WAYS[way]} --seed {seed}', 1, None
+        found[f'grown.equal.tokens.s{seed}'] = f'--seed {seed}', None, 1
+    for way, flags in WAYS.items():
+        found[f'grown.{way}.x0.25.s0'] = flags, 1 / 4, None
+    for x in (1, 1 / 2, 1 / 4, 1 / 8):
+        found[f'once.6.x{x:g}.s0'] = '--monolithic --layers 6', x, None
     for substrate in ('random', 'binary', 'learned'):
         for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
-            found[f'{substrate}.{how}.x0.5.s0'] = f'--substrate {substrate} {flags}', 1 / 2, None
-    found['grown.long.tokens.s0'] = WAYS['long'], None, 1
+            found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
     for lr in ('4e-3', '16e-3'):
         for n in (9, 3):
             found[f'once.{n}.lr{lr}.x0.25.s0'] = f'--monolithic --layers {n} --lr {lr}', 1 / 4, None
@@ -108,7 +107,7 @@ def curves(results):
 @cli
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--tokens', type=int, default=4_800_000, help='of nine layers at once (%(default)s)')
+    parser.add_argument('--tokens', type=int, default=9_600_000, help='of nine layers at once (%(default)s)')
     parser.add_argument('--only', nargs='+', default=[''], metavar='NAME', help='arms that begin so')
     parser.add_argument('--table', action='store_true', help='train nothing')
     args = parser.parse_args(argv)
@@ -119,7 +118,7 @@ def main(argv=None):
         whole = costs(nine, rows)
         with ThreadPoolExecutor(2) as pool:
             jobs = []
-            for name, (flags, x, share) in arms(args.tokens).items():
+            for name, (flags, x, share) in arms().items():
                 if name.startswith(tuple(args.only)) and not (HERE / f'depth/{name}.json').exists():
                     flags = sized(flags, rows, x and x * whole['flops'], share and share * whole['tokens'])
                     jobs.append(pool.submit(train, name, flags, rows))
