@@ -1176,11 +1176,17 @@ def close(a, b, tolerance=1e-5):
         assert torch.allclose(tensor, b['model'][name], rtol=0, atol=10 * tolerance), name
 
 def test_two_processes_train_like_one(here, monkeypatch):
-    """Stages and a LoRA phase; each process adds up two micro-batches before gradients are averaged."""
+    """Stages and LoRA phases, then one more on a text that adds rows to the head; each process adds up two
+    micro-batches before gradients are averaged."""
     exact_muon(monkeypatch)
-    grow.main(flags(out='one', lora='last'))
-    status, text, error = torchrun(flags(out='two', micro_batch=1, lora='last'))
+    grow.main(flags(out='one', lora='interleaved'))
+    status, text, error = torchrun(flags(out='two', micro_batch=1, lora='interleaved'))
     assert status == 0 and text.count('--- sample') == 1, error
+    prepare_data.prepare('other', texts(words='JUST UPPER CASE'.split()), 'made up')
+    before, more = len(grow.load_model('one').head.ids), '--resume --layers 4 --data other --out'.split()
+    grow.main([*more, 'one'])
+    status, _, error = torchrun([*more, 'two'])
+    assert status == 0 and before < len(grow.load_model('two').head.ids), error
     close('one', 'two')
 
 @pytest.mark.parametrize('what, words', [

@@ -36,22 +36,31 @@ WAYS = dict(equal='', long='--stage_ratio 0.35', identity='--birth identity', lo
 def arms():
     """{name: (flags, share of the FLOPs or None, share of the tokens or None)}, the most telling first."""
     found = {}
-    for seed in '01':
-        for x in (1, 1 / 2, 1 / 4, 1 / 8) if seed == '0' else (1,):
-            for n in (9, 3):
-                found[f'once.{n}.x{x:g}.s{seed}'] = f'--monolithic --layers {n} --seed {seed}', x, None
-            if x >= 1 / 2:
-                found[f'grown.equal.x{x:g}.s{seed}'] = f'--seed {seed}', x, None
-        for way in ('long', 'lora') if seed == '0' else ('long',):
-            found[f'grown.{way}.x1.s{seed}'] = f'{WAYS[way]} --seed {seed}', 1, None
-        found[f'grown.equal.tokens.s{seed}'] = f'--seed {seed}', None, 1
-    for way, flags in WAYS.items():
-        found[f'grown.{way}.x0.25.s0'] = flags, 1 / 4, None
-    for x in (1, 1 / 2, 1 / 4, 1 / 8):
-        found[f'once.6.x{x:g}.s0'] = '--monolithic --layers 6', x, None
-    for substrate in ('random', 'binary', 'learned'):
+
+    def once(n, x, seed=0):
+        found[f'once.{n}.x{x:g}.s{seed}'] = f'--monolithic --layers {n} --seed {seed}', x, None
+
+    def grown(way, x, seed=0):
+        found[f'grown.{way}.x{x:g}.s{seed}'] = f'{WAYS[way]} --seed {seed}', x, None
+
+    for n in (9, 3):
+        once(n, 1)
+    for way, x in (('equal', 1), ('long', 1), ('equal', 1 / 2), ('lora', 1)):
+        grown(way, x)
+    found['grown.equal.tokens.s0'] = '', None, 1
+    for x in (1 / 2, 1 / 4, 1 / 8):
+        for n in (9, 3):
+            once(n, x)
+    for way in WAYS:
+        grown(way, 1 / 4)
+    for substrate in ('random', 'binary'):
         for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
             found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
+    for n in (9, 3):
+        once(n, 1, seed=1)
+    grown('equal', 1, seed=1)
+    for x in (1 / 8, 1 / 4, 1 / 2, 1):
+        once(6, x)
     for lr in ('4e-3', '16e-3'):
         for n in (9, 3):
             found[f'once.{n}.lr{lr}.x0.25.s0'] = f'--monolithic --layers {n} --lr {lr}', 1 / 4, None
