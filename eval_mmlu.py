@@ -207,7 +207,7 @@ def cells(figures):
     return {name: x if name == 'n' else f'{100 * x["mean"]:.2f} ± {100 * x["stderr"]:.2f}'
             for name, x in figures.items()}
 
-def targets(outs, task, all_stages=False, limit=None):
+def targets(outs, task, all_stages=False, limit=None, shots=0):
     """[(checkpoints, file of their result)] of a command line; several checkpoints are a merge."""
     paths = [Path(out, 'latest.pt') if Path(out).is_dir() else Path(out) for out in outs]
     if all_stages:
@@ -215,13 +215,11 @@ def targets(outs, task, all_stages=False, limit=None):
     for path in paths or [Path(outs[0], 'stage_1.pt')]:
         if not path.is_file():
             raise UserError(f'{path} does not exist: OUT must be the folder of a run, or a checkpoint in it')
-    # so that a look at a few questions replaces no whole result
-    end = f'_limit_{limit}.json' if limit else '.json'
+    # so that a look at a few questions, or another prompt, replaces no whole result
+    end = (f'_shots_{shots}' if shots else '') + (f'_limit_{limit}.json' if limit else '.json')
     if len(outs) == 1:
         return [([x], x.with_name(f'eval_{task}_{x.stem}{end}'.replace('_latest', ''))) for x in paths]
     experts = [path.resolve() for path in paths]
-    if len(set(experts)) < len(experts):
-        raise UserError('an expert is named twice: a merge takes different ones')
     return [(paths, paths[0].with_name(f'eval_{task}_merged_{digest(*experts)}{end}'))]
 
 @cli
@@ -241,7 +239,7 @@ def main(argv=None):
     a = parser.parse_intermixed_args(argv)
     if a.shots < 0 or a.limit is not None and a.limit < 1 or a.all_stages and len(a.out) > 1:
         parser.error('--shots must be at least 0 and --limit at least 1, and --all_stages takes one OUT')
-    jobs, every = targets(a.out, a.task, a.all_stages, a.limit), read_task(a.task, a.data, a.shots)
+    jobs, every = targets(a.out, a.task, a.all_stages, a.limit, a.shots), read_task(a.task, a.data, a.shots)
     n = min(a.limit or len(every), len(every))
     questions = [every[i * len(every) // n] for i in range(n)]
     print(f'{a.task}, {a.shots}-shot: {n:,} questions, {len({q.subject for q in questions})} subject(s)')
@@ -257,12 +255,12 @@ def main(argv=None):
         summary = dict(summarise(rows), layers=len(model.blocks), context=model.config.context)
         checkpoints = {str(path): sha256_of(path) for path in paths}
         settings = dict(vars(a), device=c.device, dtype=c.dtype, checkpoints=checkpoints)
-        with replacing(target) as path:
-            path.write_text(json.dumps(dict(settings=settings, summary=summary, rows=rows)), encoding='utf-8')
         groups = sorted(summary['groups'].items(), key=lambda item: item[1]['n'])
         table([dict(of=name, **cells(figures)) for name, figures in groups])
         print('macro average:', ', '.join(f'{name} {100 * x:.2f}' for name, x in summary['macro'].items()))
         depths.append(dict(rows_in=str(target), layers=summary['layers'], **cells(summary['total'])))
+        with replacing(target) as path:
+            path.write_text(json.dumps(dict(settings=settings, summary=summary, rows=rows)), encoding='utf-8')
     print('\nmicro averages in percent, with standard errors; cut: prompts longer than the context')
     table(depths)
 

@@ -393,13 +393,15 @@ class MixtureOfExperts(nn.Module):
 def merge_experts(paths, device='cpu'):
     """The experts in these folders as one model in eval mode. Raises UserError unless they share an
     interface: the tables are compared, not their names; within 1e-5 (ours) they are equal."""
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise UserError('an expert is named twice: a merge takes different ones')
     experts = [load_model(path) for path in paths]
     first = experts[0].interface
     for path, expert in zip(paths, experts):
         other = expert.interface
         if first.table.shape != other.table.shape or (first.table - other.table).abs().max() > 1e-5:
             raise UserError(f'{paths[0]} ({first.name}) and {path} ({other.name}) have no common interface: '
-                            'their tables differ; train them on the same substrate')
+                            'their tables differ; train them with the same --substrate and --d_model')
     if any(not torch.equal(expert.head.ids, experts[0].head.ids) for expert in experts):
         say('note: the experts have rows for different tokens, and one without a row all but forbids a token '
             'to all: train experts of different texts with --head full')
@@ -409,8 +411,7 @@ def merge_experts(paths, device='cpu'):
 # Training, phase by phase
 
 LOG_EVERY = 10   # steps
-# Ctrl-C, and what a cluster sends before it ends a job, with what they do outside of training
-SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}    # Ctrl-C, a cluster's
 COLUMNS = ('phase', 'stage', 'step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'lr', 'active_params',
            'total_params', 'tokens_per_s')
 
@@ -697,12 +698,12 @@ def load(path):
         raise UserError(f'there is no {path}: name the folder of a run, or a checkpoint in it') from None
     except Exception as error:
         raise UserError(f'{path} is damaged or no checkpoint ({type(error).__name__}): restore it') from None
-    if (not isinstance(ckpt, dict) or ckpt.get('config', {}).keys() != vars(Config()).keys()
-            or ckpt['tokenizer'] != tokenizer_fingerprint()):
+    if (not isinstance(ckpt, dict) or set(ckpt.get('config') or ()) != set(vars(Config()))
+            or ckpt.get('tokenizer') != tokenizer_fingerprint()):
         raise UserError(f'{path} is no checkpoint of this grow.py and interface/ngrams.txt: name another')
     if not all(weights.isfinite().all() for weights in ckpt['model'].values()):
         raise UserError(f'{path} holds weights that are not finite: restore it, or name another')
-    return ckpt
+    return ckpt | dict(path=str(path))
 
 def restore(ckpt, c):
     """Checkpoint -> its model under the config c, with its own interface table, and everything frozen."""
@@ -714,7 +715,7 @@ def restore(ckpt, c):
             add_adapters(model.blocks, len(weights['blocks.0.qkv.A']))
         model.load_state_dict(weights)
     except (KeyError, IndexError, RuntimeError):
-        raise UserError(f'the weights in {c.out} have other shapes than their config: restore it') from None
+        raise UserError(f'{ckpt["path"]} has weights of other shapes than its config: restore it') from None
     return model.requires_grad_(False)
 
 def load_model(path, device='cpu'):
@@ -799,7 +800,7 @@ def run(c, given):
     c, ckpt = resumed(c, given) if c.resume else (c, None)
     numbers = [int(path.name) for path in Path('out').glob('*') if path.name.isdecimal()]
     c.out = c.out or f'out/{max(numbers, default=0) + 1:03d}'
-    if not ckpt and (Path(c.out).is_file() or any(Path(c.out).glob('*.pt'))):
+    if Path(c.out).is_file() or not ckpt and any(Path(c.out).glob('*.pt')):
         raise UserError(f'{c.out} is a file or holds a run: go on by --resume, or choose another --out')
     if WORLD > 1:
         torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if c.device == 'cuda' else 'gloo')

@@ -5,7 +5,7 @@ part is train_000000.bin and val_000000.bin, a uint16 a token and the id of </s>
 part_000000.json, what is known of them. The train shard gets its name last: where it is, its part is done.
 
     python prepare_data.py stdlib                              # the prose of Python's standard library
-    python prepare_data.py files --name books PATH...          # .txt .md .py .jsonl .parquet, .gz; folders
+    python prepare_data.py files --name books PATH...          # .txt .md .py .jsonl, .gz; .parquet; folders
     python prepare_data.py files --name sayings --split-line % PATH     # a document ends at each line %
     python prepare_data.py fineweb-edu --tokens 1_000_000_000  # or cosmopedia, wikipedia-en, -ru, -zh
     python prepare_data.py --check books                       # is every shard still what was written?
@@ -79,8 +79,8 @@ class Dataset:
                     if n:                              # nothing cannot be mapped
                         split.append(np.memmap(path, '<u2', 'r', shape=(n,)))
             except (OSError, ValueError) as error:
-                raise UserError(f'part {k} of {self.folder} is missing or damaged ({error}); remove its '
-                                'train_*.bin from there on, and the same command makes it again') from None
+                raise UserError(f'part {k} of {self.folder} cannot be read ({error}); if damaged, remove its '
+                                'train_*.bin from there on: the same command makes them again') from None
         if {part['tokenizer'] for part in self.parts} != {tokenizer_fingerprint()}:
             raise UserError(f'no data set {self.folder}, or one of another tokenizer, then remove it; '
                             'python prepare_data.py -h says how to make one')
@@ -248,9 +248,9 @@ class Gzip(gzip.GzipFile):
 
 def likely_encoding(path):
     """What iconv calls the encoding of a file, as far as its first character tells, a mark or a Latin one."""
-    start = path.read_bytes()[:2]
-    if start in (b'\xff\xfe', b'\xfe\xff'):
-        return 'UTF-16'
+    start = path.read_bytes()[:4]
+    if start[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0\0' in start:
+        return 'UTF-32' if b'\0\0' in start else 'UTF-16'
     return {0: 'UTF-16BE', 1: 'UTF-16LE'}.get(start.find(0), 'ENCODING')
 
 def documents_of(path, split_line=None):
@@ -258,7 +258,7 @@ def documents_of(path, split_line=None):
     between lines that are `split_line`, or else pieces of whole lines. Raises UserError."""
     name, number, held = path.name.lower().removesuffix('.gz'), 0, ''
     try:
-        if name.endswith('.parquet'):
+        if path.suffix.lower() == '.parquet':
             import pyarrow.parquet
             with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:     # not a row group at once
                 for batch in file.iter_batches(256, columns=['text']):
@@ -275,8 +275,8 @@ def documents_of(path, split_line=None):
                     text = '' if line.isspace() else json.loads(line)['text']
                     yield None if text is None else '' + text
                     continue
-                if number == 1 and line.startswith('{') and '"text"' in line:
-                    raise ValueError('these are JSON lines: give the file a name that ends in .jsonl')
+                if number == 1 and re.match(r'\s*[{[]\s*["{]', line):
+                    raise ValueError('this is JSON: make it an object a line, in a file that ends in .jsonl')
                 ends = line.removesuffix('\n') == split_line
                 held += '' if ends else line
                 if ends or split_line is None and len(held) >= PIECE:
@@ -298,7 +298,8 @@ def files_below(folder):
         raise UserError(f'{error.filename} cannot be read ({error.strerror}): allow it, or name other paths')
     for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith('.')]
-        found += [Path(parent, name) for name in names if not name.startswith('.')]
+        links = [name for name in folders if Path(parent, name).is_symlink()]      # are left
+        found += [Path(parent, name) for name in names + links if not name.startswith('.')]
     taken = [path for path in sorted(filter(Path.is_file, found))
              if path.name.lower().removesuffix('.gz').endswith(IN_FOLDERS)]
     left = Counter(path.suffix.lower() or path.name for path in set(found).difference(taken))
@@ -493,8 +494,8 @@ def main(argv=None):
     elif args.corpus == 'stdlib':
         prepare_stdlib()
     elif args.corpus == 'files':
-        source = ' '.join(args.paths) + (f' split at {args.split_line}' if args.split_line else '')
-        prepare(args.name, file_documents(args.paths, args.split_line), source)
+        split = '' if args.split_line is None else f' split at {args.split_line}'
+        prepare(args.name, file_documents(args.paths, args.split_line), ' '.join(args.paths) + split)
     elif args.tokens is not None and args.tokens < 1:
         parser.error('--tokens must be above zero')
     else:

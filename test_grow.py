@@ -328,10 +328,10 @@ def test_damaged_data_sets_are_refused_by_name(dataset, capsys):
             path.write_bytes(whole.replace(b'made up', b'made us'))
             refuses('part 1 of .*another', prepare_data.Dataset, 'tiny')
         path.write_bytes(whole[:-2])
-        refuses(f'part {path.stem[-1]} of data/tiny is missing or damaged', prepare_data.Dataset, 'tiny')
+        refuses(f'part {path.stem[-1]} of data/tiny cannot be read', prepare_data.Dataset, 'tiny')
         path.write_bytes(whole)
     (folder / 'train_000001.bin').unlink()
-    refuses('part 1 of data/tiny is missing.*remove its train', prepare_data.Dataset, 'tiny')
+    refuses('part 1 of data/tiny cannot.*remove its train', prepare_data.Dataset, 'tiny')
     for k in (2, 3):                                                   # as told
         (folder / f'train_00000{k}.bin').unlink()
     parts = [iter(texts()[i:i + 100]) for i in range(0, 400, 100)]
@@ -396,9 +396,10 @@ def test_folders_rows_and_packed_files(tmp_path, capsys, monkeypatch):
         assert '1 rows without text' in out and ('what follows it is no gzip' in out) == (end == b'\r\n')
     assert read(tmp_path / 'a.log', str(tmp_path / '.hidden.txt')) == ['log', 'no']            # named
     assert read(tmp_path / 'sub/x.json') == ['object']
-    for name in ('rows.txt', 'rows'):                   # a wrong ending
-        (tmp_path / name).write_text('{"text": "row"}\n' * 9)
-        refuses('rows.*JSON lines.*jsonl', read, tmp_path / name)
+    rows = '{"text": "row"}\n', ' { "a": "row"}\n', '[{"text": "row"}]'
+    for name, text in zip(('rows.txt', 'rows', 'rows.md'), rows):      # a wrong ending
+        (tmp_path / name).write_text(text)
+        refuses('rows.*JSON.*jsonl', read, tmp_path / name)
     scandir = os.scandir
     with monkeypatch.context() as patch:                # root, who may run this, can read all
         patch.setattr(os, 'scandir', lambda path: open('/x/') if str(path).endswith('sub') else scandir(path))
@@ -977,7 +978,8 @@ def test_fused_head_is_the_mean_of_the_logits(experts):
         merged = grow.merge_experts(paths)
         assert torch.allclose(merged(x), want, atol=1e-5) and merged.config.context == 8
         assert torch.allclose(merged(x, x)[1], F.cross_entropy(want.flatten(0, 1), x.flatten()), atol=1e-4)
-        copies = grow.merge_experts([paths[0]] * 3)
+        shutil.copytree(paths[0], copy := experts / 'copy')
+        copies = grow.merge_experts([paths[0], copy])
         assert torch.allclose(copies(x), grow.load_model(paths[0])(x), atol=1e-5) and not copies.training
     heads = [grow.load_model(path).head.ids.tolist() for path in paths]
     assert merged.head.ids.tolist() == sorted(set(sum(heads, []))) and heads[0] != heads[1]
@@ -986,7 +988,8 @@ def test_fused_head_is_the_mean_of_the_logits(experts):
 def test_experts_on_other_interfaces_are_refused_before_any_computing(experts, monkeypatch, capsys):
     monkeypatch.chdir(experts)
     monkeypatch.setattr(grow, 'evaluate', lambda *args: 1 / 0)
-    fails(capsys, ['--moe', 'a', 'c', '--device', 'cpu'], 'binary', 'random', 'same substrate')
+    fails(capsys, ['--moe', 'a', 'c', '--device', 'cpu'], 'binary', 'random', 'same --substrate')
+    fails(capsys, ['--moe', 'a', 'b', 'a/', '--device', 'cpu'], 'named twice')
     ckpt = grow.load('d')
     for name, size in (('near', 5e-6), ('far', 1e-4)):
         ckpt['model']['interface.table'][7, 7] += size
@@ -1258,6 +1261,7 @@ def test_missing_things_are_named(here, capsys):
 def test_damaged_checkpoints_are_refused(own, capsys):
     whole, good, rng = (own / 'latest.pt').read_bytes(), grow.load('run')['model'], random.Random(0)
     others = {'nanogpt.pt': {'model': {}, 'iter_num': 3, 'config': {}}, 'list.pt': [torch.zeros(3)],
+              'name.pt': {'model': {}, 'config': 'a.yaml'}, 'none.pt': {'config': None},
               'tokenizer.pt': grow.load('run') | dict(tokenizer='another'),
               'nan.pt': grow.load('run') | dict(model=good | {'norm.bias': torch.full((32,), math.nan)})}
     for name, content in others.items():
@@ -1265,7 +1269,7 @@ def test_damaged_checkpoints_are_refused(own, capsys):
         fails(capsys, ['--sample', 'x', '--out', name], name)
     for wrong in ({'norm.bias': torch.ones(31)}, {'more': torch.ones(1)}, {'head.ids': good['head.ids'][1:]}):
         torch.save(grow.load('run') | dict(model=good | wrong), 'wrong.pt')
-        fails(capsys, ['--sample', 'x', '--out', 'wrong.pt'], 'other shapes')
+        fails(capsys, ['--sample', 'x', '--out', 'wrong.pt'], 'wrong.pt has', 'other shapes')
     found = 0
     for damage in (b'', whole[:1000], whole[:-50], whole[1:], (own / 'log.csv').read_bytes(),
                    *(flipped(whole, rng) for _ in range(12))):
@@ -1553,7 +1557,8 @@ def test_eval_writes_a_row_for_every_question(own, mmlu, capsys):
         [logp] = grow.load_model('run')(idx).log_softmax(-1)
         expected = [(logp[-2, ord(' ')] + logp[-1, ord(letter)]).item() for letter in 'ABCD']
         assert row['logps'] == pytest.approx(expected, abs=2e-5)
-    rows = evaluate('eval_mmlu_limit_6.json', 'run', '--data', mmlu, '--limit', 6, '--shots', 2)['rows']
+    few = evaluate('eval_mmlu_shots_2_limit_6.json', 'run', '--data', mmlu, '--limit', 6, '--shots', 2)
+    rows = few['rows']
     assert [(row['subject'], row['index']) for row in rows] == EVERY[::2]
     write_squad(mmlu / 'dev-v2.0.json', [['x']])
     assert 'f1' in evaluate('eval_squad.json', 'run', '--task', 'squad', '--data', mmlu)['summary']['total']
