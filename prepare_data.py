@@ -302,7 +302,7 @@ def files_below(folder):
         found += [Path(parent, name) for name in names + links if not name.startswith('.')]
     taken = [path for path in sorted(filter(Path.is_file, found))
              if path.name.lower().removesuffix('.gz').endswith(IN_FOLDERS)]
-    left = Counter(path.suffix.lower() or path.name for path in set(found).difference(taken))
+    left = Counter(path.suffix.lower() or path.name for path in sorted({*found} - {*taken}))
     endings = ', '.join(f'{n:,} {ending}' for ending, n in left.most_common(9))
     print(f'{folder}: {len(taken):,} files are read, {left.total():,} are not ({endings or "none"})')
     return taken

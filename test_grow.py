@@ -388,11 +388,12 @@ def test_folders_rows_and_packed_files(tmp_path, capsys, monkeypatch):
                        ('d.PY', '\ufeffpy'), ('a.txt', 'txt'), ('sub/x.json', '{"text": "object"}\n'),
                        ('f.NDJSON', '{"text": "f"}\r{"text": "g"}\r'), ('._a.txt', 'no'), ('B.LOG', 'log')):
         (tmp_path / name).write_text(text, newline='')
+    (tmp_path / 'link').symlink_to(tmp_path / 'sub')
     for end in (bytes(100), b'\r\n'):                   # padded, or damaged where no text is any more
         (tmp_path / 'e.jsonl.GZ').write_bytes(gzip.compress(b'{"text": "row"}') + end)
         assert read(tmp_path) == ['txt', 'upper', 'py', 'row', 'f', 'g', 'two\nlines', 'é']
         out = capsys.readouterr().out
-        assert f'{tmp_path}: 6 files are read, 3 are not (2 .log, 1 .json)\n' in out, out
+        assert f'{tmp_path}: 6 files are read, 4 are not (2 .log, 1 link, 1 .json)\n' in out, out
         assert '1 rows without text' in out and ('what follows it is no gzip' in out) == (end == b'\r\n')
     assert read(tmp_path / 'a.log', str(tmp_path / '.hidden.txt')) == ['log', 'no']            # named
     assert read(tmp_path / 'sub/x.json') == ['object']
@@ -416,7 +417,8 @@ def test_folders_rows_and_packed_files(tmp_path, capsys, monkeypatch):
     *((name, f'{mark}{text}'.encode(encoding), f'line 1: not UTF-8; .* iconv -f {guess} -t utf-8')
       for name, text in (('a.txt', 'some words\n' * 9), ('a.json', '{"text": "some words"}\n'))
       for mark, encoding, guess in (('', 'utf-16-le', 'UTF-16LE'), ('', 'utf-16-be', 'UTF-16BE'),
-                                    ('\ufeff', 'utf-16-be', 'UTF-16'), ('\ufeff', 'utf-16-le', 'UTF-16'))),
+                                    ('\ufeff', 'utf-16-be', 'UTF-16'), ('\ufeff', 'utf-16-le', 'UTF-16'),
+                                    ('\ufeff', 'utf-32-le', 'UTF-32'))),
     *(('a.txt.gz', raw, 'a.txt.gz, line .* damaged') for whole in [gzip.compress(b'abcdefghi' * 999)]
       for raw in (whole[:-9], whole[:20], whole[:30] + b'x' * 9 + whole[39:], b'text'))])
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, raw, words):

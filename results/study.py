@@ -30,8 +30,8 @@ from substrate import Parser, UserError, cli, replacing
 COMMON = '''--data docs --d_model 64 --heads 2 --context 128 --batch_tokens 4096 --micro_batch 32
     --eval_tokens 200_000 --device cpu --save_every 2'''.split()
 # Ways to grow, each in three stages; a LoRA phase has half a stage's tokens.
-WAYS = dict(equal='', long='--stage_ratio 0.35', identity='--birth identity', lora='--lora interleaved',
-            last='--lora last', warm='--lr_scale_later 1.0', pairs='--layers_per_stage 2')
+WAYS = dict(equal='', long='--stage_ratio 0.35', identity='--birth identity', warm='--lr_scale_later 1.0',
+            pairs='--layers_per_stage 2', lora='--lora interleaved', last='--lora last')
 
 def arms():
     """{name: (flags, share of the FLOPs or None, share of the tokens or None)}, the most telling first."""
@@ -51,14 +51,14 @@ def arms():
     for x in (1 / 2, 1 / 4, 1 / 8):
         for n in (9, 3):
             once(n, x)
-    for way in WAYS:
-        grown(way, 1 / 4)
-    for substrate in ('random', 'binary'):
-        for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
-            found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
     for n in (9, 3):
         once(n, 1, seed=1)
     grown('equal', 1, seed=1)
+    for substrate in ('random', 'binary'):
+        for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
+            found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
+    for way in WAYS:
+        grown(way, 1 / 4)
     for x in (1 / 8, 1 / 4, 1 / 2, 1):
         once(6, x)
     for lr in ('4e-3', '16e-3'):
