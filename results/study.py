@@ -102,13 +102,12 @@ def train(name, flags, rows):
 def curves(results):
     """Val loss over FLOPs: a line for each depth trained at once, a sign for each way to grow."""
     figure, ax = pictures.plt.subplots(figsize=(8, 4.6), layout='constrained')
-    signs = iter('osD^vP*X')
-    for n, colour in zip((3, 6, 9), pictures.RUNS):
-        places = sorted((r['flops'], r['val_loss']) for r in results if r['arm'].startswith(f'once.{n}.x'))
-        ax.plot(*zip(*places), 'o-', color=colour, label=f'{n} layers, trained at once')
-    for way in WAYS:
-        places = [(r['flops'], r['val_loss']) for r in results if r['arm'].startswith(f'grown.{way}.')]
-        ax.plot(*zip(*places), next(signs), ls='', color=pictures.INK, mfc='white', label=f'9, grown: {way}')
+    looks = [(f'once.{n}.', 'o-', colour) for n, colour in zip((3, 6, 9), pictures.RUNS)]
+    looks += [(f'grown.{way}.', sign, pictures.INK) for way, sign in zip(WAYS, 's^vPXDd')]
+    for arm, sign, colour in looks:
+        places = sorted((r['flops'], r['val_loss']) for r in results if r['arm'].startswith(arm))
+        if places:
+            ax.plot(*zip(*places), sign, color=colour, mfc='white', label=arm[:-1])
     pictures.tidy(ax, xlabel='training FLOPs', ylabel='val loss, nats a token', xscale='log')
     ax.legend(edgecolor='white', fontsize=8)
     return figure
