@@ -219,8 +219,7 @@ def targets(outs, task, all_stages=False, limit=None, shots=0):
     end = (f'_shots_{shots}' if shots else '') + (f'_limit_{limit}.json' if limit else '.json')
     if len(outs) == 1:
         return [([x], x.with_name(f'eval_{task}_{x.stem}{end}'.replace('_latest', ''))) for x in paths]
-    experts = [path.resolve() for path in paths]
-    return [(paths, paths[0].with_name(f'eval_{task}_merged_{digest(*experts)}{end}'))]
+    return [(paths, paths[0].with_name(f'eval_{task}_merged_{digest(*map(Path.resolve, paths))}{end}'))]
 
 @cli
 def main(argv=None):

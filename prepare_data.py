@@ -248,7 +248,8 @@ class Gzip(gzip.GzipFile):
 
 def likely_encoding(path):
     """What iconv calls the encoding of a file, as far as its first character tells, a mark or a Latin one."""
-    start = path.read_bytes()[:4]
+    with open(path, 'rb') as file:
+        start = file.read(4)
     if start[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0\0' in start:
         return 'UTF-32' if b'\0\0' in start else 'UTF-16'
     return {0: 'UTF-16BE', 1: 'UTF-16LE'}.get(start.find(0), 'ENCODING')
