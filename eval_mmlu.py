@@ -7,7 +7,7 @@
 
 Likelihood asks: is the key the option whose " A", " B", ... is most probable after the prompt? Letter, the
 original's score: is it the likeliest of all next tokens? (Our " A" is a space and a letter, so a model that
-learned to write `Answer: A` is wrong.) Who has not learned the format is at chance by likelihood, below it by
+learned to write `Answer: A` is wrong.) Without knowing the format it is at chance by likelihood, below it by
 letter. OUT/eval_TASK.json holds a row for every question; --limit N writes eval_TASK_limit_N.json.
 """
 

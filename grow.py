@@ -4,7 +4,7 @@ Growing Transformers on a frozen substrate (arXiv 2507.07129), in one file to re
 A decoder-only language model whose token embeddings are a fixed function of the token (its glyph, or its
 number), never trained. It grows: train a few blocks, freeze them, append new ones on top, train only those
 and the output layer, repeat. The number of parameters in training, the *active* ones, stays constant.
-Between stages, low-rank adapters may readjust all frozen blocks within the same budget, to be merged away;
+After a stage, low-rank adapters may readjust all frozen blocks within the same budget, to be merged away;
 and models grown apart become one by averaging their logits.
 
     python grow.py                                  # 9 layers in 3 stages, on text that Python brings along
@@ -55,7 +55,7 @@ class Config:
     heads: int = 4                # attention heads; d_model / heads must be even
     context: int = 128            # tokens that the model sees at once
     head: str = 'seen'            # output rows for tokens that occur in --data (seen), or for all (full)
-    birth: str = 'stack'          # later blocks: copies of those below (stack), or exact no-ops (identity)
+    birth: str = 'stack'          # later blocks: copies of the topmost ones (stack), or no-ops (identity)
     # the training
     data: tuple = ('stdlib',)     # data sets made by prepare_data.py, mixed in whole-number parts: ru:3 en:1
     stage_tokens: int = 1_000_000  # training tokens of the first stage
@@ -64,7 +64,7 @@ class Config:
     micro_batch: int = 16         # at most so many sequences pass the model at once; their gradients add up
     lr: float = 8e-3              # peak learning rate of the matrices in blocks, by Muon
     adam_lr: float = 4e-3         # peak learning rate of all else but adapters, by AdamW
-    lr_scale_later: float = 0.7   # factor of both rates in every later phase
+    lr_scale_later: float = 0.7   # factor of both rates from the second stage on
     warmup: int = 30              # steps of linear warm-up, at most half a phase; then a cosine to a tenth
     weight_decay: float = 0.1     # of matrices in blocks
     clip: float = 1.0             # largest gradient norm
@@ -75,13 +75,13 @@ class Config:
     lora_tokens: int = 400_000    # training tokens of a LoRA phase
     lora_lr: float = 2e-3         # peak learning rate of adapters
     # the run
-    out: str = ''                 # folder of the run; if none is given a new out/NNN, or the newest
+    out: str = ''                 # folder of the run; else a new out/NNN, to resume or to sample the newest
     resume: bool = False          # go on where --out stands; a finished run grows deeper with larger --layers
     save_every: float = 1.0       # minutes between checkpoints
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu'    # cuda where there is one
     dtype: str = 'auto'           # of matrix products; auto takes bfloat16 where the device has it natively
     compile: bool = True          # torch.compile blocks and head, where there is a compiler
-    plan: bool = False            # print the ledger of parameters, FLOPs and tokens; train nothing
+    plan: bool = False            # only print what phases train and cost, with all rows unless --head seen
     moe: tuple = ()               # folders of experts: average their logits and evaluate them on --data
     sample: str = ''              # continue this text with the model in --out or --moe; train nothing
     length: int = 200             # tokens to sample
@@ -90,7 +90,7 @@ class Config:
 
 # What changes on a GPU: the paper's model.
 GPU = dict(d_model=1024, heads=32, context=1024, head='full', stage_tokens=4_194_304, batch_tokens=32_768,
-           micro_batch=16, lr=6e-4, adam_lr=6e-4, lr_scale_later=1.0, lora_tokens=4_194_304, lora_lr=6e-4,
+           lr=6e-4, adam_lr=6e-4, lr_scale_later=1.0, lora_tokens=4_194_304, lora_lr=6e-4,
            eval_tokens=10**12, save_every=10.0)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ class Head(nn.Module):
         # All tokens without a row are one more column; each of them gets an equal share of its probability.
         logits = F.pad(logits, (0, 1), value=UNSEEN + math.log(others))
         rows = torch.where(targets < 0, targets, self.row[targets])
-        share = (rows == len(self.ids)).sum() / (rows >= 0).sum()
-        return F.cross_entropy(logits, rows) + share * math.log(others)
+        without = (rows == len(self.ids)).sum() / (rows >= 0).sum()    # the part of the targets without a row
+        return F.cross_entropy(logits, rows) + without * math.log(others)
 
     @torch.no_grad()
     def with_rows(self, ids, bias=UNSEEN):
@@ -181,7 +181,7 @@ class Head(nn.Module):
 class GrowingTransformer(nn.Module):
     """A token interface, blocks (none yet: `append` adds them on top), a final LayerNorm, an untied head.
 
-    model(idx) -> logits (B, T, V); model(idx, targets) -> (None, mean loss in nats); both int64 (B, T)."""
+    model(idx) -> logits (B, T, V); model(idx, targets) -> (None, mean loss in nats), without logits."""
     def __init__(self, config, interface, ids=()):
         super().__init__()
         self.config, self.interface, self.blocks = config, interface, nn.ModuleList()
@@ -339,7 +339,7 @@ def flops_per_token(c, phase, rows):
     return blocks, 3 * 2 * c.d_model * rows
 
 def ledger(c, head_rows=VOCAB):
-    """One dict a phase: what is frozen, trains, costs. The training code itself says, on the meta device."""
+    """One dict a phase: what is frozen, trains, costs. `enter` itself says, on tensors without memory."""
     rows = []
     with torch.device('meta'):
         model = GrowingTransformer(c, Substrate(c.substrate, c.d_model), torch.arange(head_rows))
@@ -355,7 +355,7 @@ def ledger(c, head_rows=VOCAB):
     return rows
 
 def print_plan(c, head_rows):
-    """The ledger of this run, of the monolithic model, and of that with a trainable embedding."""
+    """The ledger of the grown model, of the monolithic one, and of that with a trainable embedding."""
     for title, changes in (('grown', dict(monolithic=False)), ('monolithic', dict(monolithic=True)),
                            ('monolithic, trainable embedding', dict(monolithic=True, substrate='learned'))):
         rows = ledger(dataclasses.replace(c, **changes), head_rows)
@@ -367,8 +367,9 @@ def print_plan(c, head_rows):
 # Composition: experts trained apart on one interface become one by averaging their logits (paper section 5)
 
 class MixtureOfExperts(nn.Module):
-    """The mean of the experts' logits, as a model to evaluate and to sample from. Heads are linear, so that
-    the mean is one linear head on the concatenated hidden states: experts x B x T x V logits never exist."""
+    """The mean of the experts' logits, without routing, as a model to evaluate and to sample from. Heads are
+    linear, so that the mean is one linear head on the concatenated hidden states: experts x B x T x V logits
+    never exist. It takes the experts apart."""
     def __init__(self, experts):
         super().__init__()
         n = len(experts)
@@ -403,8 +404,8 @@ def merge_experts(paths, device='cpu'):
             raise UserError(f'{paths[0]} ({first.name}) and {path} ({other.name}) have no common interface: '
                             'their tables differ; train them with the same --substrate and --d_model')
     if any(not torch.equal(expert.head.ids, experts[0].head.ids) for expert in experts):
-        say('note: the experts have rows for different tokens, and one without a row all but forbids a token '
-            'to all: train experts of different texts with --head full')
+        say('note: the experts have rows for different tokens, and what one has no row for becomes all but '
+            'impossible in the mean: train experts of different texts with --head full')
     return MixtureOfExperts(experts).to(device).eval()
 
 # ------------------------------------------------------------------------------------------------------------
@@ -417,10 +418,11 @@ COLUMNS = ('phase', 'stage', 'step', 'tokens', 'seconds', 'train_loss', 'val_los
 
 def train(model, batches, state, c, amp, moments=None):
     """The main job: grows a model, phase by phase, from where `state` stands. The state is all that a run
-    has but weights and optimisers: its place, history and log. `moments`: of the latter, in mid-phase."""
+    has but weights and optimisers: its place, history and log. `moments`: states of the optimisers, if it
+    stands in mid-phase."""
     plan, saved, stop = phases(c), time.monotonic(), []
 
-    def on_signal(number, _):                         # waits for the end of a step; a second one does not
+    def on_signal(number, _):                         # the step is finished; a second signal acts at once
         stop.append(number)
         signal.signal(number, SIGNALS[number])
     if WORLD == 1:                                    # torchrun ends processes in its own way
@@ -432,7 +434,7 @@ def train(model, batches, state, c, amp, moments=None):
         enter(model, phase)
         if c.compile:
             compile_model(model)
-        # This is blind to blocks appended later, so it too is made anew.
+        # It does not see blocks that are appended later, so it too is made anew.
         ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
         optimizers = make_optimizers(model, c, phase)
         if state['step']:

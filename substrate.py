@@ -39,7 +39,7 @@ CELL = 32                               # Unifont is designed on 16 pixels: each
 VOCAB = 65_536                          # so a token is exactly one uint16
 EOS = 0xE002                            # the one special token in use: it ends every document
 SPECIALS = {0xE000: '<pad>', 0xE001: '<s>', EOS: '</s>', 0xE003: '<unk>'}
-NAMED_IDS = range(0xE000, 0xE100)       # 128 special tokens, 124 reserved; then the raw bytes 0x80-0xFF
+NAMED_IDS = range(0xE000, 0xE100)       # 128 special tokens, of them 124 free; then the raw bytes 0x80-0xFF
 NGRAM_IDS = [*range(0xD800, 0xE000), *range(0xE100, 0xF900)]    # 8,192 places
 
 def fill_places(rankings):
@@ -130,7 +130,7 @@ NAMES = 'unicode', 'binary', 'random', 'learned'
 RANDOM_SEED = 250707129                 # of its own: --seed must not change the interface
 
 class Substrate(torch.nn.Module):
-    """Gives tokens their vectors: (B, T) int64 -> (B, T, d_model). `substrate` fills it, or a checkpoint. Its
+    """The token interface: (B, T) int64 -> (B, T, d_model). `substrate` fills it, or a checkpoint. Its
     table is (65536, d_model) float32, for 'binary' (65536, 16), and takes gradients for 'learned' alone."""
     def __init__(self, name, d_model):
         super().__init__()
@@ -187,7 +187,7 @@ def substrate(name, d_model, seed=0):
     elif name == 'random':
         generator = np.random.Generator(np.random.PCG64(RANDOM_SEED))
         rows = F.normalize(torch.from_numpy(generator.standard_normal((VOCAB, d_model), np.float32)))
-    elif name == 'learned':                                       # as in GPT-2
+    elif name == 'learned':                                       # GPT-2's 0.02; the model scales it too
         rows = torch.normal(0, 0.02, (VOCAB, d_model), generator=torch.Generator().manual_seed(seed))
     else:
         rows = read_table(module.name, d_model)

@@ -1,7 +1,8 @@
 """
 Makes data/docs, the text of results/study.py: English prose from the documentation in six packages of Debian.
+And data/tune, to choose rates on: what data/docs trains on, but for one document in fifty held out anew.
 
-    python results/corpus.py         # downloads 70 MB; needs apt-get and dpkg-deb of Debian 12
+    apt-get update && python results/corpus.py         # downloads 70 MB; needs dpkg-deb and Debian 12
 
 It takes the paragraphs that are prose, each once, without markup. Debian updates its packages: the number of
 tokens tells whether a text is the one that results/README.md reports on.
@@ -75,6 +76,9 @@ def main(argv=None):
             raise UserError(f'apt-get cannot download {", ".join(PACKAGES)} ({error}): it takes Debian 12')
         names = ' '.join(sorted(path.name for path in Path(folder).glob('*.deb')))
         prepare_data.prepare('docs', documents(Path(folder)), names)
+        # One more line end is another hash, by which prepare_data.py holds out.
+        train = (text + '\n' for text in documents(Path(folder)) if not prepare_data.encode(text)[0])
+        prepare_data.prepare('tune', train, names)
 
 if __name__ == '__main__':
     main()

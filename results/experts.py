@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 import grow
 import prepare_data
 from pictures import write_tables
-from study import sized, train
+from study import train
 from substrate import VOCAB, Parser, cli
 
 FLAGS = '--d_model 256 --heads 8 --head full --context 256 --batch_tokens 1024 --stage_ratio 1'
@@ -103,7 +103,7 @@ def main(argv=None):
     c, _ = grow.configure(flags)
     plan = runs(c, args.data, args.shared, args.tokens)
     for name, (own, tokens) in plan.items():
-        train(args.out / name, sized([*flags, *own], tokens))
+        train(args.out / name, [*flags, *own, '--stage_tokens', str(tokens // 3)])
     columns = [name for name in (*args.data, args.shared) if name]
     rows = compare(c, args.out, plan, [prepare_data.Dataset(name) for name in columns])
     write_tables(args.out, rows, '', *verdicts(rows, [*columns, 'mean']))

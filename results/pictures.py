@@ -103,7 +103,7 @@ def tokens(ax, x, text):
 def column(ax, x, width, row, largest):
     """A phase, from a row of the ledger: what it does, the model, its active and total parameters."""
     middle, n = x + width / 2, row['layers']
-    name, what = f'stage {row["stage"]}', f'freeze, append {row["trained"]},\ntrain them'
+    name, what = f'stage {row["stage"]}', f'freeze, append {row["trained"]}\ncopies, train them'
     if row['rank']:
         name, what = 'LoRA phase', f'adapt all {n} blocks\n(rank {row["rank"]}), then merge'
     say(ax, middle, 548, name, 11, weight='bold')
@@ -183,7 +183,8 @@ def read_run(folder):
 def loss(folders):
     """Train loss over tokens, a mean of several steps a point, and the val losses after the phases."""
     figure, ax = plt.subplots(figsize=(9, 5), layout='constrained')
-    for k, (folder, colour) in enumerate(zip(folders, itertools.cycle(RUNS))):
+    highest = 0
+    for folder, colour in zip(folders, itertools.cycle(RUNS)):
         phases, start = read_run(folder), 0
         several = 1 + sum(len(train) for _, train, _ in phases) // 60
         ax.plot([], [], color=colour, lw=2, label=Path(folder).resolve().name)
@@ -196,12 +197,13 @@ def loss(folders):
                 ax.plot(*means.T, color=colour, lw=1.8)
             for place in val:
                 ax.plot(*place, 'v' if kind == 'lora' else 'o', color=colour, mec='white', ms=8, zorder=4)
-                if len(folders) < 3:                   # else there is no room for digits
-                    ax.annotate(f'{place[1]:.3f}', place, (0, -14 if k else 8), color=colour, fontsize=9,
-                                textcoords='offset points', ha='center')
+                ax.annotate(f'{place[1]:.3f}', place, (7, -3), color=colour, textcoords='offset points')
+                highest = max(highest, place[1])
     for style, meaning in (('o', 'val loss'), ('v', 'val loss, adapters merged'), ('--', 'blocks appended')):
         ax.plot([], [], style, color=GREY, label=meaning)
     tidy(ax, xlabel='training tokens', ylabel='loss, nats a token')
+    if highest:
+        ax.set_ylim(top=highest + 1)                   # what matters, not where it began
     ax.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
     ax.legend(edgecolor='white', fontsize=9)
     return figure

@@ -11,7 +11,6 @@ as many tokens. Two arms train side by side, one thread each. Writes results/dep
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -26,15 +25,19 @@ import grow
 import pictures
 import prepare_data
 from substrate import Parser, UserError, cli, replacing
+from variants import VARIANTS
 
 COMMON = '''--data docs --d_model 64 --heads 2 --context 128 --batch_tokens 4096 --micro_batch 32
     --eval_tokens 200_000 --device cpu --save_every 2'''.split()
-# Ways to grow, each in three stages; a LoRA phase has half a stage's tokens.
-WAYS = dict(equal='', long='--stage_ratio 0.35', identity='--birth identity', warm='--lr_scale_later 1.0',
+# Ways to grow, each in three stages; a LoRA phase has half a stage's tokens. Then those of variants.py.
+WAYS = dict(equal='', long='--stage_ratio 0.35', warm='--lr_scale_later 1.0',
+            both='--stage_ratio 0.35 --lr_scale_later 1.0', identity='--birth identity',
             pairs='--layers_per_stage 2', lora='--lora interleaved', last='--lora last')
+TRIED = dict(zero='equal', stable='equal', again='lora')
 
 def arms():
-    """{name: (flags, share of the FLOPs or None, share of the tokens or None)}, the most telling first."""
+    """{name: (flags, share of the FLOPs or None, share of the tokens or None)}, the most telling first. The
+    flags may begin with a name of variants.py."""
     found = {}
 
     def once(n, x, seed=0):
@@ -43,32 +46,37 @@ def arms():
     def grown(way, x, seed=0):
         found[f'grown.{way}.x{x:g}.s{seed}'] = f'{WAYS[way]} --seed {seed}', x, None
 
-    for n in (9, 3):
-        once(n, 1)
-    for way, x in (('equal', 1), ('long', 1), ('equal', 1 / 2), ('lora', 1)):
-        grown(way, x)
-    found['grown.equal.tokens.s0'] = '', None, 1
-    for x in (1 / 2, 1 / 4, 1 / 8):
+    for k in range(3):
         for n in (9, 3):
+            lr = ('5e-3', '8e-3', '12e-3')[k]
+            found[f'tune.once.{n}.{lr}.x0.25.s0'] = f'--data tune --monolithic --layers {n} --lr {lr}', 1 / 4, None
+        for way in ('equal', 'long', 'lora'):
+            lr, later = (('8e-3', 0.7), ('8e-3', 1.0), ('12e-3', 1.0))[k]
+            flags = f'--data tune {WAYS[way]} --lr {lr} --lr_scale_later {later}'
+            found[f'tune.grown.{way}.{lr}.{later}.x0.25.s0'] = flags, 1 / 4, None
+    for seed in (0, 1):
+        for n in (9, 3):
+            once(n, 1, seed)
+        for way in ('equal', 'both', 'long', 'lora'):
+            grown(way, 1, seed)
+        found[f'grown.equal.tokens.s{seed}'] = f'--seed {seed}', None, 1
+    for x in (1 / 8, 1 / 4, 1 / 2, 1):
+        for n in (9, 6, 3):
             once(n, x)
-    for n in (9, 3):
-        once(n, 1, seed=1)
-    grown('equal', 1, seed=1)
-    for substrate in ('random', 'binary'):
-        for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
-            found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
+    grown('equal', 1 / 2)
     for way in WAYS:
         grown(way, 1 / 4)
-    for x in (1 / 8, 1 / 4, 1 / 2, 1):
-        once(6, x)
-    for lr in ('4e-3', '16e-3'):
-        for n in (9, 3):
-            found[f'once.{n}.lr{lr}.x0.25.s0'] = f'--monolithic --layers {n} --lr {lr}', 1 / 4, None
+    for variant, way in TRIED.items():
+        found[f'{variant}.grown.{way}.x0.25.s0'] = f'{variant} {WAYS[way]}', 1 / 4, None
+    found['stable.once.9.x0.25.s0'] = 'stable --monolithic', 1 / 4, None
+    for substrate in ('random', 'binary', 'learned'):
+        for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
+            found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
     return found
 
 def sized(flags, rows, flops, tokens):
     """The flags of an arm with stages so long that it costs so many FLOPs, or reads so many tokens."""
-    flags = [*COMMON, *flags.split()]
+    flags = [*COMMON, *flags]
     c, _ = grow.configure([*flags, '--stage_tokens', '1_000_000', '--lora_tokens', '500_000'])
     has = costs(c, rows)
     scale = flops / has['flops'] if flops else tokens / has['tokens']
@@ -80,22 +88,29 @@ def costs(c, rows):
     blocks, head = (sum(p[kind] * p['tokens'] for p in phases) for kind in ('block_flops', 'head_flops'))
     return dict(flops=blocks + head, block_flops=blocks, tokens=sum(p['tokens'] for p in phases))
 
-def train(name, flags, rows):
-    """Trains an arm, or goes on with it, and records what came of it."""
-    out, record = f'out/study/{name}', HERE / f'depth/{name}.json'
+def train(out, flags, variant=''):
+    """Trains the run OUT, or goes on with it, on one thread; -> its checkpoint. Raises UserError."""
+    script = [HERE / 'variants.py', variant] if variant else [HERE.parent / 'grow.py']
     if Path(out, 'latest.pt').exists():
         flags = ['--resume', '--save_every', '2']
-    done = subprocess.run([sys.executable, HERE.parent / 'grow.py', '--out', out, *flags],
+    done = subprocess.run([sys.executable, *script, '--out', out, *flags],
                           env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f'{name} ended with status {done.returncode}: {done.stderr.strip()[-200:]}')
-    ckpt = grow.load(out)
-    c = grow.Config(**ckpt['config'])
-    last = ckpt['state']['history'][-1]
+        raise UserError(f'{out} ended with status {done.returncode}: {done.stderr.strip()[-200:]}')
+    return grow.load(out)
+
+def record(name, flags, rows, flops, tokens):
+    """Trains an arm, and writes down what came of it."""
+    words = flags.split()
+    variant = words.pop(0) if words and words[0] in VARIANTS else ''
+    flags = sized(words, rows, flops, tokens)
+    ckpt = train(f'out/study/{name}', flags, variant)
+    c, last = grow.Config(**ckpt['config']), ckpt['state']['history'][-1]
+    command = ' '.join(['python', *(['results/variants.py', variant] if variant else ['grow.py']), *flags])
     result = dict(arm=name, layers=c.layers, **costs(c, rows), seconds=last['seconds'],
                   by_phase=[h['val_loss'] for h in ckpt['state']['history']], val_loss=last['val_loss'],
-                  command=f'python grow.py {" ".join(map(str, done.args[4:]))}', log=ckpt['state']['log'])
-    with replacing(record) as path:
+                  command=command, log=ckpt['state']['log'])
+    with replacing(HERE / f'depth/{name}.json') as path:
         path.write_text(json.dumps(result, indent=1))
     print(f'{name}: val loss {last["val_loss"]:.3f} after {last["seconds"] / 60:.0f} min', flush=True)
 
@@ -128,8 +143,8 @@ def main(argv=None):
             jobs = []
             for name, (flags, x, share) in arms().items():
                 if name.startswith(tuple(args.only)) and not (HERE / f'depth/{name}.json').exists():
-                    flags = sized(flags, rows, x and x * whole['flops'], share and share * whole['tokens'])
-                    jobs.append(pool.submit(train, name, flags, rows))
+                    jobs.append(pool.submit(record, name, flags, rows, x and x * whole['flops'],
+                                            share and share * whole['tokens']))
             for job in jobs:
                 job.result()
     results = [json.loads(path.read_text()) for path in sorted((HERE / 'depth').glob('*.json'))]
