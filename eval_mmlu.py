@@ -142,7 +142,7 @@ def score_choice(model, q, amp=contextlib.nullcontext()):
     """-> choice (the likeliest option), letter (text of the likeliest token), logps (of options, in nats)."""
     # " A" is always a space and a letter: one pass over the prompt and the space serves all options
     ids = tokenizer().encode_ordinary(q.prompt + ' ')
-    after_colon, after_space = read_logits(model, ids, 2, amp).log_softmax(-1)
+    after_colon, after_space = read_logits(model, ids, 2, amp).double().log_softmax(-1)
     logps = [after_colon[ord(' ')].item() + after_space[ord(letter)].item() for letter in q.letters]
     choice = q.letters[logps.index(max(logps))]
     letter = tokenizer().decode([after_colon.argmax().item()])
@@ -211,7 +211,8 @@ def targets(outs, task, all_stages=False, limit=None, shots=0):
     """[(checkpoints, file of their result)] of a command line; several checkpoints are a merge."""
     paths = [Path(out, 'latest.pt') if Path(out).is_dir() else Path(out) for out in outs]
     if all_stages:
-        paths = sorted(Path(outs[0]).glob('stage_*.pt'), key=lambda path: (len(path.name), path.name))
+        found = Path(outs[0]).glob('stage_*.pt')       # stage_2, stage_2_lora, stage_10
+        paths = sorted(found, key=lambda path: (int(path.stem.split('_')[1]), path.stem))
     for path in paths or [Path(outs[0], 'stage_1.pt')]:
         if not path.is_file():
             raise UserError(f'{path} does not exist: OUT must be the folder of a run, or a checkpoint in it')

@@ -91,7 +91,7 @@ class Config:
 # What changes on a GPU: the paper's model.
 GPU = dict(d_model=1024, heads=32, context=1024, head='full', stage_tokens=4_194_304, batch_tokens=32_768,
            lr=6e-4, adam_lr=6e-4, lr_scale_later=1.0, lora_tokens=4_194_304, lora_lr=6e-4,
-           eval_tokens=10**12, save_every=10.0)
+           eval_tokens=10_000_000, save_every=10.0)
 
 # ------------------------------------------------------------------------------------------------------------
 # Model: a pre-norm decoder with rotary positions (paper section 3; pre-norm, eps, weights at birth are ours)
@@ -110,7 +110,8 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream: 12 d^2 + 9 d parameters."""
+    """Attention and MLP, each added to the residual stream: 12 d^2 + 9 d parameters, 12 d^2 of them in
+    matrices, as `phases`, `budget` and `flops_per_token` know."""
     def __init__(self, d_model, heads):
         super().__init__()
         self.heads = heads
@@ -314,7 +315,7 @@ def enter(model, phase):
         for name, p in model.blocks.named_parameters():
             p.requires_grad_(name.endswith(('.A', '.B')))
     over = count(model.parameters(), active=True) - budget(model.config, len(model.head.ids))
-    assert over <= 0 or model.config.monolithic, f'{phase} exceeds the budget by {over:,} active parameters'
+    assert over <= 0 or model.config.monolithic, f'{phase} exceeds `budget` by {over:,} active parameters'
     if phase.kind == 'grow' and phase.stage == 1:
         model.interface.requires_grad_(model.interface.name == 'learned')
 
@@ -339,7 +340,7 @@ def flops_per_token(c, phase, rows):
     return blocks, 3 * 2 * c.d_model * rows
 
 def ledger(c, head_rows=VOCAB):
-    """One dict a phase: what is frozen, trains, costs. `enter` itself says, on tensors without memory."""
+    """One dict a phase: what is frozen, trains, costs; counted after `enter`, on tensors without memory."""
     rows = []
     with torch.device('meta'):
         model = GrowingTransformer(c, Substrate(c.substrate, c.d_model), torch.arange(head_rows))
@@ -435,8 +436,9 @@ def train(model, batches, state, c, amp, moments=None):
         if c.compile:
             compile_model(model)
         # It does not see blocks that are appended later, so it too is made anew.
-        ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+        ddp = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
         optimizers = make_optimizers(model, c, phase)
+        peaks = [group['lr'] for group in groups_of(optimizers)]
         if state['step']:
             for optimizer, its_state in zip(optimizers, moments, strict=True):
                 optimizer.load_state_dict(its_state)
@@ -448,7 +450,7 @@ def train(model, batches, state, c, amp, moments=None):
         logged = state['step'], state['seconds']
         while state['step'] < phase.steps:
             clock = time.monotonic()
-            set_rates(optimizers, c, state['step'], phase.steps)
+            set_rates(optimizers, peaks, c, state['step'], phase.steps)
             loss, norm = train_step(ddp, optimizers, batches, state['global_step'], c, amp)
             state['step'] += 1
             state['global_step'] += 1
@@ -474,7 +476,7 @@ def train(model, batches, state, c, amp, moments=None):
             phase=phase.kind, stage=phase.stage, layers=phase.depth, rank=phase.rank, **sizes,
             tokens=state['global_step'] * c.batch_tokens, seconds=round(state['seconds']), **val))
         state.update(phase=state['phase'] + 1, step=0)
-        save(f'stage_{phase.stage}.pt', c, model, state)
+        save(f'stage_{phase.stage}{"_lora" if phase.rank else ""}.pt', c, model, state)
         save('latest.pt', c, model, state)
     for number, default in SIGNALS.items():
         signal.signal(number, default)
@@ -498,7 +500,7 @@ def train_step(model, optimizers, batches, step, c, amp):
     loss = over_processes(loss.item()) / WORLD
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(f'loss {loss}, gradient norm {norm} in step {step + 1}: nothing was updated, '
-                        f'{c.out}/latest.pt is good; start again with lower --lr, --adam_lr or --lora_lr')
+                        f'{c.out}/latest.pt is good; --resume with a lower --lr, --adam_lr or --lora_lr')
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -590,22 +592,20 @@ def make_optimizers(model, c, phase):
         # Its steps have the size of AdamW's, whatever the shape of a matrix (arXiv 2502.16982).
         optimizers.insert(0, torch.optim.Muon(inner, lr=c.lr * scale, weight_decay=c.weight_decay,
                                               adjust_lr_fn='match_rms_adamw'))
-    for group in groups_of(optimizers):
-        group['peak'] = group['lr']
     return optimizers
 
 def groups_of(optimizers):
     """The groups of parameters of all optimisers, each with its learning rate."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
-def set_rates(optimizers, c, step, steps):
+def set_rates(optimizers, peaks, c, step, steps):
     """Rates of a step: linear warm-up, over half a phase at most, then a cosine from the peak to a tenth."""
     warmup = min(c.warmup, steps // 2)
     factor = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
     if step < warmup:
         factor = (step + 1) / (warmup + 1)
-    for group in groups_of(optimizers):
-        group['lr'] = group['peak'] * factor
+    for group, peak in zip(groups_of(optimizers), peaks):
+        group['lr'] = peak * factor
 
 # torchrun numbers its processes in the environment. Each has the whole model and takes its share of the rows
 # of every batch; the first one speaks and writes.
@@ -657,7 +657,8 @@ def set_up(c):
             torch.compile(torch.neg)(torch.ones(8, device=c.device))
         except Exception as error:
             c.compile = False
-            say(f'no compiler works here, so it is slower: {str(error).strip().partition(chr(10))[0]}')
+            why = str(error).strip().partition('\n')[0]
+            say(f'no compiler works here, so it is slower (--resume --compile tries again): {why}')
     name = torch.cuda.get_device_name() if c.device == 'cuda' else f'{torch.get_num_threads()} threads'
     how = 'compiled' if c.compile else 'eager'
     say(f'device {WORLD} x {c.device} ({name}), {c.dtype}, {how}, torch {torch.__version__}')
@@ -675,7 +676,8 @@ def compile_model(model):
     model.head.compile(dynamic=False)
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: OUT/latest.pt holds all that a bit-exact resume needs, OUT/stage_K.pt the model after a stage
+# Checkpoints: OUT/latest.pt holds all that a bit-exact resume needs, OUT/stage_K.pt the model after a stage,
+# OUT/stage_K_lora.pt after the LoRA phase that follows it
 
 def save(name, c, model, state, optimizers=()):
     """Writes OUT/name and OUT/log.csv, each beside its target: a kill or a full disk leaves the old file."""
@@ -717,7 +719,7 @@ def restore(ckpt, c):
             add_adapters(model.blocks, len(weights['blocks.0.qkv.A']))
         model.load_state_dict(weights)
     except (KeyError, IndexError, RuntimeError):
-        raise UserError(f'{ckpt["path"]} has weights of other shapes than its config: restore it') from None
+        raise UserError(f'{ckpt["path"]} does not fit its config: damaged, or of another grow.py') from None
     return model.requires_grad_(False)
 
 def load_model(path, device='cpu'):
@@ -744,7 +746,8 @@ CHOICES = dict(head=('seen', 'full'), birth=('stack', 'identity'), lora=('none',
 PROMPT = 'The default value is'
 MAY_BE_ZERO = 'seed', 'warmup', 'weight_decay', 'save_every'
 # What may stand beside the flag that names a job; --plan and training itself take all else.
-JOBS = dict(resume='out layers data micro_batch save_every device dtype compile',
+JOBS = dict(resume='out layers data micro_batch lr adam_lr lora_lr save_every eval_tokens device dtype '
+                   'compile',
             sample='out moe length temperature top_k seed device dtype compile',
             moe='data micro_batch eval_tokens sample length temperature top_k seed device dtype compile')
 
@@ -809,6 +812,8 @@ def run(c, given):
     amp = set_up(c)
     if given.get('compile') and not c.compile:
         raise UserError('so --compile cannot be obeyed: install a compiler, or give --no-compile')
+    if WORLD > c.batch_tokens // c.context:
+        raise UserError(f'a batch has {c.batch_tokens // c.context} sequences: give no more processes')
     for rank in range(WORLD):                         # one after another: the first may have data to prepare
         if rank == RANK:
             batches = prepare_data.open_batches(c.data, c.seed, c.batch_tokens // c.context, c.context)
@@ -843,6 +848,8 @@ def run(c, given):
 def main(argv=None):
     """The command line: prints the plan, samples, compares experts, or trains."""
     c, given = configure(argv)
+    if WORLD > 1 and (c.plan or c.moe or 'sample' in given):
+        raise UserError('only training takes several processes: leave out torchrun', status=2)
     if c.plan:
         # As in the paper, every token has its row, unless the rows of the data are asked for.
         rows = VOCAB

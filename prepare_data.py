@@ -440,7 +440,7 @@ def prepare_parts(name, parts, source, limit=None):
         done = Dataset(folder).parts if list(folder.glob('train_*.bin')) else []
         if done and not begun.items() <= done[0].items():
             raise UserError(f'{folder} was begun from {done[0]["source"]} with --tokens {done[0]["limit"]}; '
-                            'give that command, remove it or take another name')
+                            'give that command, or remove it; files may take another --name')
         if done:
             print(f'{folder}: {len(done)} parts are there already; remove it to read their text again')
         for k, documents in enumerate(parts):

@@ -126,7 +126,7 @@ def show(text):
 # --------------------------------------------------------------------------------------------------------
 # The tables
 
-NAMES = 'unicode', 'binary', 'random', 'learned'
+NAMES = 'unicode', 'binary', 'random', 'learned'        # each has its branch in `substrate` below
 RANDOM_SEED = 250707129                 # of its own: --seed must not change the interface
 
 class Substrate(torch.nn.Module):

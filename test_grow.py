@@ -225,7 +225,7 @@ def test_binary_random_and_learned_rows():
     first, same, other = (substrate.substrate('learned', 16, seed=seed).table for seed in (0, 0, 1))
     assert torch.equal(first, same) and not torch.equal(first, other) and abs(first.std() - 0.02) < 1e-3
     assert first.requires_grad and not noise.requires_grad and interface.table.shape == (65_536, 16)
-    for name, words in (('binary', 'multiple of 16'), ('unicod', 'unicode, binary, random, learned')):
+    for name, words in (('binary', 'multiple of 16'), ('unicod', ', '.join(substrate.NAMES))):
         refuses(words, substrate.Substrate, name, 24)
 
 def test_tables_of_files(tmp_path, monkeypatch):
@@ -645,7 +645,8 @@ def test_killed_before_any_rename_it_goes_on_to_the_same_shards(hub):
 # ------------------------------ The README
 def test_what_the_readme_names_exists():
     pages = [REPO / 'README.md', REPO / 'results/README.md']
-    assert pages[0].stat().st_size <= 12_288
+    assert pages[0].stat().st_size <= 12_288, 'README.md is to be read in an evening: cut something'
+    assert f'{grow.budget(grow.Config(), 1595):,}' in pages[0].read_text(encoding='utf-8')
     for page in pages:
         for path in re.findall(r'\]\((?!http|#)([^)#]+)', page.read_text(encoding='utf-8')):
             assert (page.parent / path).exists(), path
@@ -891,7 +892,7 @@ def test_every_group_has_its_rate_and_matrices_alone_decay():
         grow.enter(model, phase)
         optimizers = grow.make_optimizers(model, c, phase)
         groups = [(kind, g) for kind in optimizers for g in kind.param_groups]
-        rule = {id(p): (type(kind).__name__, g['peak'], g['weight_decay']) for kind, g in groups
+        rule = {id(p): (type(kind).__name__, g['lr'], g['weight_decay']) for kind, g in groups
                 for p in g['params']}
         found = {name: rule[id(p)] for name, p in model.named_parameters() if id(p) in rule}
         rest, matrix = ('AdamW', 2e-2 * scale, 0), ('Muon', 1e-2 * scale, 0.25)
@@ -904,12 +905,12 @@ def test_every_group_has_its_rate_and_matrices_alone_decay():
             want |= {top + 'qkv.weight': matrix, top + 'norm1.weight': rest, top + 'up.bias': rest}
         assert found.items() >= want.items()
         for step, factor in ((0, 0.2), (3, 0.8), (4, 1), (14, 0.55), (24, 0.1)):
-            grow.set_rates(optimizers, c, step, 24)
-            assert [g['lr'] / g['peak'] for _, g in groups] == pytest.approx([factor] * 2)
+            grow.set_rates(optimizers, [3, 5], c, step, 24)
+            assert [g['lr'] for _, g in groups] == pytest.approx([3 * factor, 5 * factor][:len(groups)])
         for steps, factors in ((6, (1 / 4, 1 / 2, 3 / 4, 1)), (1, [1])):         # no room for a warm-up of 4
             for step, factor in enumerate(factors):
-                grow.set_rates(optimizers, c, step, steps)
-                assert groups[0][1]['lr'] / groups[0][1]['peak'] == pytest.approx(factor)
+                grow.set_rates(optimizers, [3, 5], c, step, steps)
+                assert groups[0][1]['lr'] == pytest.approx(3 * factor)
 
 # ------------------------------ LoRA: within the budget, exact at birth, and gone after the merge
 def test_lora_budget_of_the_paper():
@@ -1271,7 +1272,7 @@ def test_damaged_checkpoints_are_refused(own, capsys):
         fails(capsys, ['--sample', 'x', '--out', name], name)
     for wrong in ({'norm.bias': torch.ones(31)}, {'more': torch.ones(1)}, {'head.ids': good['head.ids'][1:]}):
         torch.save(grow.load('run') | dict(model=good | wrong), 'wrong.pt')
-        fails(capsys, ['--sample', 'x', '--out', 'wrong.pt'], 'wrong.pt has', 'other shapes')
+        fails(capsys, ['--sample', 'x', '--out', 'wrong.pt'], 'wrong.pt does not fit', 'damaged, or')
     found = 0
     for damage in (b'', whole[:1000], whole[:-50], whole[1:], (own / 'log.csv').read_bytes(),
                    *(flipped(whole, rng) for _ in range(12))):

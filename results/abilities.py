@@ -106,7 +106,7 @@ def main(argv=None):
     texts = [tokenizer().decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == EOS) + 1)]
     words, rows = sorted(set(re.findall(r'\b[a-z]{7,}\b', ' '.join(texts)))), []
     for run in args.runs:
-        for path in sorted(Path(run).glob('stage_?.pt')):
+        for path in sorted(Path(run).glob('stage_?*.pt')):
             model = grow.load_model(path)
             row = dict(run=Path(run).name, layers=len(model.blocks))
             for name, ability in ABILITIES.items():

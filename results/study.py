@@ -49,7 +49,8 @@ def arms():
     for k in range(3):
         for n in (9, 3):
             lr = ('5e-3', '8e-3', '12e-3')[k]
-            found[f'tune.once.{n}.{lr}.x0.25.s0'] = f'--data tune --monolithic --layers {n} --lr {lr}', 1 / 4, None
+            flags = f'--data tune --monolithic --layers {n} --lr {lr}'
+            found[f'tune.once.{n}.{lr}.x0.25.s0'] = flags, 1 / 4, None
         for way in ('equal', 'long', 'lora'):
             lr, later = (('8e-3', 0.7), ('8e-3', 1.0), ('12e-3', 1.0))[k]
             flags = f'--data tune {WAYS[way]} --lr {lr} --lr_scale_later {later}'

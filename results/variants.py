@@ -30,10 +30,10 @@ def zero():
     grow.GrowingTransformer.append = born
 
 def stable():
-    def set_rates(optimizers, c, step, steps):
+    def set_rates(optimizers, peaks, c, step, steps):
         warmup = min(c.warmup, steps // 2)
-        for group in grow.groups_of(optimizers):
-            group['lr'] = group['peak'] * min(1, (step + 1) / (warmup + 1), 5 * (steps - step) / steps)
+        for group, peak in zip(grow.groups_of(optimizers), peaks):
+            group['lr'] = peak * min(1, (step + 1) / (warmup + 1), 5 * (steps - step) / steps)
     grow.set_rates = set_rates
 
 def again():
