@@ -1075,6 +1075,17 @@ def test_resume_equals_uninterrupted_bit_for_bit(here, whole, monkeypatch, name,
     logs = [[row.split(',') for row in Path(run, 'log.csv').read_text().split()] for run in (whole, 'cut')]
     assert [row[:4] + row[5:10] for row in logs[0]] == [row[:4] + row[5:10] for row in logs[1]]
 
+def test_a_run_goes_on_with_a_lower_rate(here, whole, monkeypatch):
+    undo = crash_at(monkeypatch, 'train_step', 15)
+    with pytest.raises(Crash):
+        grow.main(flags(out='cut', save_every=0, lora='last'))
+    undo()
+    grow.main(['--resume', '--out', 'cut', '--lr', '1e-3'])
+    logs = [Path(run, 'log.csv').read_text().split()[1:] for run in (whole, 'cut')]
+    before, after = (np.array([float(line.split(',')[7] or 0) for line in log]) for log in logs)
+    lower = 1e-3 / grow.load(whole)['config']['lr']        # from the second of three stages on; then adapters
+    assert np.allclose(after, before * [1, 1, *[lower] * (len(before) - 4), 1, 1], rtol=1e-3)
+
 @pytest.fixture
 def own(here, whole):
     """A copy of the finished run in a working folder of its own: ./run."""
@@ -1236,7 +1247,7 @@ WRONG = [
     '--layers 0', '--layers x', '--layers -3', '--lr nan', '--lr inf', '--stage_tokens 0', '--temperature 0',
     '--batch_tokens 1.5', '--seed -1', '--birth random', '--head tied', '--device tpu', '--substrate runes',
     '--substrate binary --d_model 40 --heads 4', '--d_model 30 --heads 4', '--grow_from x', '--resume --plan',
-    '--layers 3 --sample=', '--sample x --resume', '--resume --lr 1e-3', '--moe a b --layers 3']
+    '--layers 3 --sample=', '--sample x --resume', '--resume --d_model 64', '--moe a b --layers 3']
 
 @pytest.mark.parametrize('words', WRONG)
 def test_wrong_command_lines_end_in_one_sentence(words, tmp_path, monkeypatch, capsys):
@@ -1576,8 +1587,9 @@ def test_eval_writes_a_row_for_every_question(own, mmlu, capsys):
 def test_every_stage_is_scored_by_depth(own, mmlu, capsys):
     shutil.copy('run/stage_1.pt', 'run/stage_10.pt')
     evaluate('eval_mmlu_stage_10.json', 'run', '--data', mmlu, '--all_stages')
-    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert lines == [[f'run/eval_mmlu_stage_{k}.json', n] for k, n in zip((1, 2, 3, 10), '1231')]
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-5:]]
+    stages = dict(zip(('1', '2', '3', '3_lora', '10'), '12331'))
+    assert lines == [[f'run/eval_mmlu_stage_{k}.json', n] for k, n in stages.items()]
 
 @pytest.mark.parametrize('argv, words, status', [
     ('--data nowhere', 'nowhere has no questions of mmlu: --data', 1), ('--shots -1', '--shots', 2),
