@@ -7,7 +7,8 @@ The study: when do nine layers beat three, what does growing them cost, and do g
 
 An arm is a run out/study/ARM and its record results/depth/ARM.json. All cost as many FLOPs as nine layers
 at once on --tokens, or the fraction x of them in their name, optimiser apart; but those named `tokens` read
-as many tokens. Two arms train side by side, one thread each. Writes results/depth.csv, .txt and .png.
+as many tokens. Rates are compared on data/tune. Two arms train side by side, one thread each. Writes
+results/depth.csv, .txt and .png.
 """
 
 import argparse
@@ -119,7 +120,7 @@ def curves(results):
     """Val loss over FLOPs: a line for each depth trained at once, a sign for each way to grow."""
     figure, ax = pictures.plt.subplots(figsize=(8, 4.6), layout='constrained')
     looks = [(f'once.{n}.', 'o-', colour) for n, colour in zip((3, 6, 9), pictures.RUNS)]
-    looks += [(f'grown.{way}.', sign, pictures.INK) for way, sign in zip(WAYS, 's^vPXDd')]
+    looks += [(f'grown.{way}.', sign, pictures.INK) for way, sign in zip(WAYS, 's^vPXDd*')]
     for arm, sign, colour in looks:
         places = sorted((r['flops'], r['val_loss']) for r in results if r['arm'].startswith(arm))
         if places:
@@ -152,7 +153,7 @@ def main(argv=None):
     base = {s: next((r['val_loss'] for r in results if r['arm'] == f'once.9.x1.s{s}'), None) for s in '01'}
     table = []
     for r in results:
-        nine = base[r['arm'][-1]]
+        nine = not r['arm'].startswith('tune') and base[r['arm'][-1]]      # that is on another split
         table.append(dict(arm=r['arm'], layers=r['layers'], tokens=r['tokens'], flops=f'{r["flops"]:.3g}',
                           block_flops=f'{r["block_flops"]:.3g}', minutes=round(r['seconds'] / 60, 1),
                           val_loss=r['val_loss'], over_nine=r['val_loss'] / nine if nine else '',
