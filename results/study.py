@@ -30,11 +30,10 @@ from variants import VARIANTS
 
 COMMON = '''--data docs --d_model 64 --heads 2 --context 128 --batch_tokens 4096 --micro_batch 32
     --eval_tokens 200_000 --device cpu --save_every 2'''.split()
-# Ways to grow, each in three stages; a LoRA phase has half a stage's tokens. Then those of variants.py.
+# Ways to grow, each in three stages; a LoRA phase has half a stage's tokens.
 WAYS = dict(equal='', long='--stage_ratio 0.35', warm='--lr_scale_later 1.0',
             both='--stage_ratio 0.35 --lr_scale_later 1.0', identity='--birth identity',
             pairs='--layers_per_stage 2', lora='--lora interleaved', last='--lora last')
-TRIED = dict(zero='equal', stable='equal', again='lora')
 
 def arms():
     """{name: (flags, share of the FLOPs or None, share of the tokens or None)}, the most telling first. The
@@ -68,9 +67,8 @@ def arms():
     grown('equal', 1 / 2)
     for way in WAYS:
         grown(way, 1 / 4)
-    for variant, way in TRIED.items():
-        found[f'{variant}.grown.{way}.x0.25.s0'] = f'{variant} {WAYS[way]}', 1 / 4, None
-    found['stable.once.9.x0.25.s0'] = 'stable --monolithic', 1 / 4, None
+    for variant in VARIANTS:
+        found[f'{variant}.grown.equal.x0.25.s0'] = variant, 1 / 4, None
     for substrate in ('random', 'binary', 'learned'):
         for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
             found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None

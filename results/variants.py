@@ -1,15 +1,12 @@
 """
-Ways to grow that results/study.py tries and grow.py does not offer, since none of them pays.
+Ways to train that results/study.py tries and grow.py does not offer.
 
     python results/variants.py stable --data docs --d_model 64 --heads 2      # then as python grow.py
 
 - zero: blocks are born as copies that add nothing yet: their output projections are zero.
 - stable: after its warm-up a rate stays at its peak, and falls to zero over the last fifth of a phase.
-- again: three LoRA phases in a row in place of one, each with new adapters, as ReLoRA has it.
 """
 
-import dataclasses
-import itertools
 import sys
 from pathlib import Path
 
@@ -36,13 +33,7 @@ def stable():
             group['lr'] = peak * min(1, (step + 1) / (warmup + 1), 5 * (steps - step) / steps)
     grow.set_rates = set_rates
 
-def again():
-    phases, add_adapters, times = grow.phases, grow.add_adapters, itertools.count()
-    grow.phases = lambda c: [part for phase in phases(c) for part in (
-        3 * [dataclasses.replace(phase, steps=phase.steps // 3)] if phase.rank else [phase])]
-    grow.add_adapters = lambda *args: add_adapters(*args, next(times))
-
-VARIANTS = dict(zero=zero, stable=stable, again=again)
+VARIANTS = dict(zero=zero, stable=stable)
 
 @cli
 def main(argv=None):
