@@ -69,6 +69,7 @@ def arms():
         grown(way, 1 / 4)
     for variant in VARIANTS:
         found[f'{variant}.grown.equal.x0.25.s0'] = variant, 1 / 4, None
+    found['stable.once.9.x0.25.s0'] = 'stable --monolithic', 1 / 4, None
     for substrate in ('random', 'binary', 'learned'):
         for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
             found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
