@@ -67,9 +67,10 @@ def arms():
     grown('equal', 1 / 2)
     for way in WAYS:
         grown(way, 1 / 4)
-    for variant in VARIANTS:
-        found[f'{variant}.grown.equal.x0.25.s0'] = variant, 1 / 4, None
-    found['stable.once.9.x0.25.s0'] = 'stable --monolithic', 1 / 4, None
+    for x in (1 / 4, 1 / 2):
+        found[f'stable.grown.equal.x{x:g}.s0'] = 'stable', x, None
+        found[f'stable.once.9.x{x:g}.s0'] = 'stable --monolithic', x, None
+    found['zero.grown.equal.x0.25.s0'] = 'zero', 1 / 4, None
     for substrate in ('random', 'binary', 'learned'):
         for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
             found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
