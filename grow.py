@@ -182,7 +182,8 @@ class Head(nn.Module):
 class GrowingTransformer(nn.Module):
     """A token interface, blocks (none yet: `append` adds them on top), a final LayerNorm, an untied head.
 
-    model(idx) -> logits (B, T, V); model(idx, targets) -> (None, mean loss in nats), without logits."""
+    model(idx) -> logits (B, T, V); model(idx, targets) -> (None, mean loss in nats), without logits. Both are
+    int64 (B, T)."""
     def __init__(self, config, interface, ids=()):
         super().__init__()
         self.config, self.interface, self.blocks = config, interface, nn.ModuleList()
