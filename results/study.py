@@ -121,6 +121,7 @@ def curves(results):
     figure, ax = pictures.plt.subplots(figsize=(8, 4.6), layout='constrained')
     looks = [(f'once.{n}.', 'o-', colour) for n, colour in zip((3, 6, 9), pictures.RUNS)]
     looks += [(f'grown.{way}.', sign, pictures.INK) for way, sign in zip(WAYS, 's^vPXDd*')]
+    looks += [('stable.once.9.', 'o', pictures.ACTIVE), ('stable.grown.', 's', pictures.ACTIVE)]
     for arm, sign, colour in looks:
         places = sorted((r['flops'], r['val_loss']) for r in results if r['arm'].startswith(arm))
         if places:
