@@ -792,6 +792,8 @@ def resumed(c, given):
     ckpt = load(c.out)
     old, state = Config(**ckpt['config']), ckpt['state']
     new = dataclasses.replace(old, **{name: getattr(c, name) for name in {'out', *given}})
+    if WORLD > new.batch_tokens // new.context:
+        raise UserError(f'a batch has {new.batch_tokens // new.context} sequences: give no more processes')
     begun = state['phase'] + (state['step'] > 0)
     if phases(new)[:begun] != phases(old)[:begun] or new.data != old.data and state['step']:
         raise UserError(f'{c.out} cannot go on with --layers {new.layers} --data {" ".join(new.data)}: what '
@@ -813,8 +815,6 @@ def run(c, given):
     amp = set_up(c)
     if given.get('compile') and not c.compile:
         raise UserError('so --compile cannot be obeyed: install a compiler, or give --no-compile')
-    if WORLD > c.batch_tokens // c.context:
-        raise UserError(f'a batch has {c.batch_tokens // c.context} sequences: give no more processes')
     for rank in range(WORLD):                         # one after another: the first may have data to prepare
         if rank == RANK:
             batches = prepare_data.open_batches(c.data, c.seed, c.batch_tokens // c.context, c.context)

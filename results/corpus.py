@@ -75,9 +75,10 @@ def main(argv=None):
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(f'apt-get cannot download {", ".join(PACKAGES)} ({error}): it takes Debian 12')
         names = ' '.join(sorted(path.name for path in Path(folder).glob('*.deb')))
-        prepare_data.prepare('docs', documents(Path(folder)), names)
+        texts = list(documents(Path(folder)))
+        prepare_data.prepare('docs', texts, names)
         # One more line end is another hash, by which prepare_data.py holds out.
-        train = (text + '\n' for text in documents(Path(folder)) if not prepare_data.encode(text)[0])
+        train = (text + '\n' for text in texts if not prepare_data.encode(text)[0])
         prepare_data.prepare('tune', train, names)
 
 if __name__ == '__main__':

@@ -46,13 +46,12 @@ def arms():
     def grown(way, x, seed=0):
         found[f'grown.{way}.x{x:g}.s{seed}'] = f'{WAYS[way]} --seed {seed}', x, None
 
-    for k in range(3):
+    for lr in ('5e-3', '8e-3', '12e-3'):
         for n in (9, 3):
-            lr = ('5e-3', '8e-3', '12e-3')[k]
             flags = f'--data tune --monolithic --layers {n} --lr {lr}'
             found[f'tune.once.{n}.{lr}.x0.25.s0'] = flags, 1 / 4, None
+    for lr, later in (('8e-3', 0.7), ('8e-3', 1.0), ('12e-3', 1.0)):
         for way in ('equal', 'long', 'lora'):
-            lr, later = (('8e-3', 0.7), ('8e-3', 1.0), ('12e-3', 1.0))[k]
             flags = f'--data tune {WAYS[way]} --lr {lr} --lr_scale_later {later}'
             found[f'tune.grown.{way}.{lr}.{later}.x0.25.s0'] = flags, 1 / 4, None
     for seed in (0, 1):
@@ -90,28 +89,22 @@ def costs(c, rows):
     blocks, head = (sum(p[kind] * p['tokens'] for p in phases) for kind in ('block_flops', 'head_flops'))
     return dict(flops=blocks + head, block_flops=blocks, tokens=sum(p['tokens'] for p in phases))
 
-def train(out, flags, variant=''):
-    """Trains the run OUT, or goes on with it, on one thread; -> its checkpoint. Raises UserError."""
-    script = [HERE / 'variants.py', variant] if variant else [HERE.parent / 'grow.py']
-    if Path(out, 'latest.pt').exists():
-        flags = ['--resume', '--save_every', '2']
-    done = subprocess.run([sys.executable, *script, '--out', out, *flags],
+def train(name, flags, rows, flops, tokens):
+    """Trains an arm, or goes on with it, on one thread, and records what came of it. Raises UserError."""
+    out, script, words = f'out/study/{name}', ['grow.py'], flags.split()
+    if words and words[0] in VARIANTS:
+        script = ['results/variants.py', words.pop(0)]
+    flags = sized(words, rows, flops, tokens)
+    now = ['--resume', '--save_every', '2'] if Path(out, 'latest.pt').exists() else flags
+    done = subprocess.run([sys.executable, HERE.parent / script[0], *script[1:], '--out', out, *now],
                           env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f'{out} ended with status {done.returncode}: {done.stderr.strip()[-200:]}')
-    return grow.load(out)
-
-def record(name, flags, rows, flops, tokens):
-    """Trains an arm, and writes down what came of it."""
-    words = flags.split()
-    variant = words.pop(0) if words and words[0] in VARIANTS else ''
-    flags = sized(words, rows, flops, tokens)
-    ckpt = train(f'out/study/{name}', flags, variant)
+        raise UserError(f'{name} ended with status {done.returncode}: {done.stderr.strip()[-200:]}')
+    ckpt = grow.load(out)
     c, last = grow.Config(**ckpt['config']), ckpt['state']['history'][-1]
-    command = ' '.join(['python', *(['results/variants.py', variant] if variant else ['grow.py']), *flags])
     result = dict(arm=name, layers=c.layers, **costs(c, rows), seconds=last['seconds'],
                   by_phase=[h['val_loss'] for h in ckpt['state']['history']], val_loss=last['val_loss'],
-                  command=command, log=ckpt['state']['log'])
+                  command=' '.join(['python', *script, *flags]), log=ckpt['state']['log'])
     with replacing(HERE / f'depth/{name}.json') as path:
         path.write_text(json.dumps(result, indent=1))
     print(f'{name}: val loss {last["val_loss"]:.3f} after {last["seconds"] / 60:.0f} min', flush=True)
@@ -146,7 +139,7 @@ def main(argv=None):
             jobs = []
             for name, (flags, x, share) in arms().items():
                 if name.startswith(tuple(args.only)) and not (HERE / f'depth/{name}.json').exists():
-                    jobs.append(pool.submit(record, name, flags, rows, x and x * whole['flops'],
+                    jobs.append(pool.submit(train, name, flags, rows, x and x * whole['flops'],
                                             share and share * whole['tokens']))
             for job in jobs:
                 job.result()
