@@ -1182,7 +1182,8 @@ def torchrun(argv, what='pass', at=0):
     return done.returncode, done.stdout, done.stderr
 
 def close(a, b, tolerance=1e-5):
-    """Two runs end alike: log, but for speed and time, history and weights."""
+    """Two runs end alike: log, but for speed and time, history and weights. AdamW and Muon make steps of full
+    size out of the last bits of tiny gradients, so that weights are compared as whole tensors."""
     logs, (a, b) = [Path(run, 'log.csv').read_text().splitlines() for run in (a, b)], map(grow.load, (a, b))
     for x, y in zip(*([line.split(',') for line in log[1:]] for log in logs), strict=True):
         assert x[:4] == y[:4] and x[7:10] == y[7:10]
@@ -1190,7 +1191,8 @@ def close(a, b, tolerance=1e-5):
     for x, y in zip(a['state']['history'], b['state']['history'], strict=True):
         assert x['phase'] == y['phase'] and abs(x['val_loss'] - y['val_loss']) <= tolerance, (x, y)
     for name, tensor in a['model'].items():
-        assert torch.allclose(tensor, b['model'][name], rtol=0, atol=10 * tolerance), name
+        difference = (tensor - b['model'][name]).float()     # `ids` are whole numbers
+        assert difference.norm() <= 100 * tolerance * (1e-3 + tensor.float().norm()), name
 
 def test_two_processes_train_like_one(here, monkeypatch):
     """Stages and LoRA phases, then one more on a text that adds rows to the head; each process adds up two
