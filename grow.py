@@ -65,7 +65,8 @@ class Config:
     lr: float = 8e-3              # peak learning rate of the matrices in blocks, by Muon
     adam_lr: float = 4e-3         # peak learning rate of all else but adapters, by AdamW
     lr_scale_later: float = 0.7   # factor of both rates from the second stage on
-    warmup: int = 30              # steps of linear warm-up, at most half a phase; then a cosine to a tenth
+    warmup: int = 30              # steps of linear warm-up of the rates, at most half a phase
+    cooldown: float = 0.2         # the last part of a phase, over which they fall in a line to zero
     weight_decay: float = 0.1     # of matrices in blocks
     clip: float = 1.0             # largest gradient norm
     eval_tokens: int = 100_000    # validate on the first so many tokens of the val split, always the same
@@ -600,11 +601,9 @@ def groups_of(optimizers):
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 def set_rates(optimizers, peaks, c, step, steps):
-    """Rates of a step: linear warm-up, over half a phase at most, then a cosine from the peak to a tenth."""
+    """Rates of a step: linear warm-up, over half a phase at most; the peak; a linear fall to zero."""
     warmup = min(c.warmup, steps // 2)
-    factor = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
-    if step < warmup:
-        factor = (step + 1) / (warmup + 1)
+    factor = min((step + 1) / (warmup + 1), 1.0, (steps - step) / (c.cooldown * steps))
     for group, peak in zip(groups_of(optimizers), peaks):
         group['lr'] = peak * factor
 

@@ -38,8 +38,8 @@ REPO = Path(__file__).parent
 UNIFONT = Path(os.environ.get('UNIFONT', '/usr/share/fonts/opentype/unifont/unifont.otf'))
 TINY = dict(layers=3, layers_per_stage=1, d_model=32, heads=2, context=16, substrate='binary', head='seen',
             lora='none', stage_tokens=640, stage_ratio=1.0, batch_tokens=64, micro_batch=4, lr=1e-2,
-            adam_lr=1e-2, lr_scale_later=1.0, warmup=10, lora_tokens=320, lora_lr=1e-2, eval_tokens=256,
-            device='cpu', dtype='float32', compile=False, save_every=100.0)
+            adam_lr=1e-2, lr_scale_later=1.0, warmup=10, cooldown=0.2, lora_tokens=320, lora_lr=1e-2,
+            eval_tokens=256, device='cpu', dtype='float32', compile=False, save_every=100.0)
 PAPER = dict(layers=9, layers_per_stage=3, d_model=1024, heads=32, context=1024)
 
 def config(**changes):
@@ -881,12 +881,12 @@ def test_same_seed_same_run_and_monolithic_sees_the_same_batches(here, monkeypat
     for x, y, z in zip(seen[:30], seen[30:60], seen[60:], strict=True):
         assert torch.equal(x[0], y[0]) and torch.equal(x[0], z[0]) and torch.equal(x[0][:, 1:], x[1][:, :-1])
     rates = [line.split(',')[7] for line in Path('a/log.csv').read_text().split()[1::2]]
-    at_end = 0.55 + 0.45 * math.cos(math.pi * 5 / 6)    # of the tenth step of ten
+    at_end = 0.5                                        # in the tenth step of ten, of which two cool down
     assert list(map(float, rates)) == pytest.approx([1e-2 * at_end, *[2e-3 * at_end] * 2], rel=1e-3)
 
 def test_every_group_has_its_rate_and_matrices_alone_decay():
     c = config(lr=1e-2, adam_lr=2e-2, lr_scale_later=0.5, lora_lr=5e-2, weight_decay=0.25, warmup=4,
-               lora='last', layers=2)
+               lora='last', layers=2, cooldown=0.5)
     model = model_of(c, blocks=0)
     for phase, scale in zip(grow.phases(c), (1, 0.5, 0.5)):
         grow.enter(model, phase)
@@ -904,10 +904,10 @@ def test_every_group_has_its_rate_and_matrices_alone_decay():
             top = f'blocks.{phase.depth - 1}.'
             want |= {top + 'qkv.weight': matrix, top + 'norm1.weight': rest, top + 'up.bias': rest}
         assert found.items() >= want.items()
-        for step, factor in ((0, 0.2), (3, 0.8), (4, 1), (14, 0.55), (24, 0.1)):
+        for step, factor in ((0, 0.2), (3, 0.8), (4, 1), (12, 1), (15, 0.75), (18, 0.5), (23, 1 / 12)):
             grow.set_rates(optimizers, [3, 5], c, step, 24)
             assert [g['lr'] for _, g in groups] == pytest.approx([3 * factor, 5 * factor])
-        for steps, factors in ((6, (1 / 4, 1 / 2, 3 / 4, 1)), (1, [1])):         # no room for a warm-up of 4
+        for steps, factors in ((6, (1 / 4, 1 / 2, 3 / 4, 1, 2 / 3, 1 / 3)), (1, [1])):   # no room for a warm-up of 4
             for step, factor in enumerate(factors):
                 grow.set_rates(optimizers, [3, 5], c, step, steps)
                 assert groups[0][1]['lr'] == pytest.approx(3 * factor)

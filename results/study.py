@@ -46,6 +46,19 @@ def arms():
     def grown(way, x, seed=0):
         found[f'grown.{way}.x{x:g}.s{seed}'] = f'{WAYS[way]} --seed {seed}', x, None
 
+    for seed in (0, 1):
+        for n in (9, 3):
+            once(n, 1, seed)
+        for way in ('equal', 'long', 'lora'):
+            grown(way, 1, seed)
+        found[f'grown.equal.tokens.s{seed}'] = f'--seed {seed}', None, 1
+    for x in (1 / 8, 1 / 4, 1 / 2, 1):
+        for n in (9, 6, 3):
+            once(n, x)
+    grown('equal', 1 / 2)
+    grown('both', 1)
+    for way in WAYS:
+        grown(way, 1 / 4)
     for lr in ('5e-3', '8e-3', '12e-3'):
         for n in (9, 3):
             flags = f'--data tune --monolithic --layers {n} --lr {lr}'
@@ -54,25 +67,15 @@ def arms():
         for way in ('equal', 'long', 'lora'):
             flags = f'--data tune {WAYS[way]} --lr {lr} --lr_scale_later {later}'
             found[f'tune.grown.{way}.{lr}.{later}.x0.25.s0'] = flags, 1 / 4, None
-    for seed in (0, 1):
-        for n in (9, 3):
-            once(n, 1, seed)
-        for way in ('equal', 'both', 'long', 'lora'):
-            grown(way, 1, seed)
-        found[f'grown.equal.tokens.s{seed}'] = f'--seed {seed}', None, 1
-    for x in (1 / 8, 1 / 4, 1 / 2, 1):
-        for n in (9, 6, 3):
-            once(n, x)
-    grown('equal', 1 / 2)
-    for way in WAYS:
-        grown(way, 1 / 4)
-    for x in (1 / 4, 1 / 2):
-        found[f'stable.grown.equal.x{x:g}.s0'] = 'stable', x, None
-        found[f'stable.once.9.x{x:g}.s0'] = 'stable --monolithic', x, None
-    found['zero.grown.equal.x0.25.s0'] = 'zero', 1 / 4, None
     for substrate in ('random', 'binary', 'learned'):
         for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
             found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
+    for name, (flags, x, share) in list(found.items()):
+        found[f'cosine.{name}'] = f'cosine {flags}', x, share
+    for cooldown in (0.4, 1.0):
+        for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
+            found[f'cooldown.{cooldown}.{how}.x0.25.s0'] = f'--cooldown {cooldown} {flags}', 1 / 4, None
+    found['zero.grown.equal.x0.25.s0'] = 'zero', 1 / 4, None
     return found
 
 def sized(flags, rows, flops, tokens):
@@ -114,7 +117,7 @@ def curves(results):
     figure, ax = pictures.plt.subplots(figsize=(8, 4.6), layout='constrained')
     looks = [(f'once.{n}.', 'o-', colour) for n, colour in zip((3, 6, 9), pictures.RUNS)]
     looks += [(f'grown.{way}.', sign, pictures.INK) for way, sign in zip(WAYS, 's^vPXDd*')]
-    looks += [('stable.once.9.', 'o', pictures.ACTIVE), ('stable.grown.', 's', pictures.ACTIVE)]
+    looks += [('cosine.once.9.', 'o', pictures.ACTIVE), ('cosine.grown.equal.x', 's', pictures.ACTIVE)]
     for arm, sign, colour in looks:
         places = sorted((r['flops'], r['val_loss']) for r in results if r['arm'].startswith(arm))
         if places:
@@ -144,10 +147,12 @@ def main(argv=None):
             for job in jobs:
                 job.result()
     results = [json.loads(path.read_text()) for path in sorted((HERE / 'depth').glob('*.json'))]
-    base = {s: next((r['val_loss'] for r in results if r['arm'] == f'once.9.x1.s{s}'), None) for s in '01'}
+    losses = {r['arm']: r['val_loss'] for r in results}
     table = []
     for r in results:
-        nine = not r['arm'].startswith('tune') and base[r['arm'][-1]]      # that is on another split
+        # Against nine layers at once of the same schedule and seed; not where another split is read.
+        schedule = 'cosine.' if r['arm'].startswith('cosine.') else ''
+        nine = 'tune' not in r['arm'] and losses.get(f'{schedule}once.9.x1.{r["arm"][-2:]}')
         table.append(dict(arm=r['arm'], layers=r['layers'], tokens=r['tokens'], flops=f'{r["flops"]:.3g}',
                           block_flops=f'{r["block_flops"]:.3g}', minutes=round(r['seconds'] / 60, 1),
                           val_loss=r['val_loss'], over_nine=r['val_loss'] / nine if nine else '',

@@ -1,12 +1,13 @@
 """
 Ways to train that results/study.py tries and grow.py does not offer.
 
-    python results/variants.py stable --data docs --d_model 64 --heads 2      # then as python grow.py
+    python results/variants.py cosine --data docs --d_model 64 --heads 2      # then as python grow.py
 
 - zero: blocks are born as copies that add nothing yet: their output projections are zero.
-- stable: after its warm-up a rate stays at its peak, and falls to zero over the last fifth of a phase.
+- cosine: after its warm-up a rate falls along a cosine to a tenth of its peak, as in grow.py up to 132c9f0.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -26,14 +27,17 @@ def zero():
                 part.data.zero_()
     grow.GrowingTransformer.append = born
 
-def stable():
+def cosine():
     def set_rates(optimizers, peaks, c, step, steps):
         warmup = min(c.warmup, steps // 2)
+        factor = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+        if step < warmup:
+            factor = (step + 1) / (warmup + 1)
         for group, peak in zip(grow.groups_of(optimizers), peaks):
-            group['lr'] = peak * min(1, (step + 1) / (warmup + 1), 5 * (steps - step) / steps)
+            group['lr'] = peak * factor
     grow.set_rates = set_rates
 
-VARIANTS = dict(zero=zero, stable=stable)
+VARIANTS = dict(zero=zero, cosine=cosine)
 
 @cli
 def main(argv=None):
