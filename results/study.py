@@ -105,7 +105,7 @@ def train(name, flags, rows, flops, tokens):
         raise UserError(f'{name} ended with status {done.returncode}: {done.stderr.strip()[-200:]}')
     ckpt = grow.load(out)
     c, last = grow.Config(**ckpt['config']), ckpt['state']['history'][-1]
-    result = dict(arm=name, layers=c.layers, **costs(c, rows), seconds=last['seconds'],
+    result = dict(arm=name, layers=c.layers, dtype=c.dtype, **costs(c, rows), seconds=last['seconds'],
                   by_phase=[h['val_loss'] for h in ckpt['state']['history']], val_loss=last['val_loss'],
                   command=' '.join(['python', *script, *flags]), log=ckpt['state']['log'])
     with replacing(HERE / f'depth/{name}.json') as path:
