@@ -59,6 +59,9 @@ def arms():
     grown('both', 1)
     for way in WAYS:
         grown(way, 1 / 4)
+    for substrate in ('random', 'binary', 'learned'):
+        for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
+            found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
     for lr in ('5e-3', '8e-3', '12e-3'):
         for n in (9, 3):
             flags = f'--data tune --monolithic --layers {n} --lr {lr}'
@@ -67,9 +70,6 @@ def arms():
         for way in ('equal', 'long', 'lora'):
             flags = f'--data tune {WAYS[way]} --lr {lr} --lr_scale_later {later}'
             found[f'tune.grown.{way}.{lr}.{later}.x0.25.s0'] = flags, 1 / 4, None
-    for substrate in ('random', 'binary', 'learned'):
-        for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
-            found[f'{substrate}.{how}.x0.25.s0'] = f'--substrate {substrate} {flags}', 1 / 4, None
     for name, (flags, x, share) in list(found.items()):
         found[f'cosine.{name}'] = f'cosine {flags}', x, share
     for cooldown in (0.4, 1.0):
