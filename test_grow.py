@@ -881,7 +881,7 @@ def test_same_seed_same_run_and_monolithic_sees_the_same_batches(here, monkeypat
     for x, y, z in zip(seen[:30], seen[30:60], seen[60:], strict=True):
         assert torch.equal(x[0], y[0]) and torch.equal(x[0], z[0]) and torch.equal(x[0][:, 1:], x[1][:, :-1])
     rates = [line.split(',')[7] for line in Path('a/log.csv').read_text().split()[1::2]]
-    at_end = 0.5                                        # in the tenth step of ten, of which two cool down
+    at_end = 0.5                                        # in the last of ten steps, of which two cool down
     assert list(map(float, rates)) == pytest.approx([1e-2 * at_end, *[2e-3 * at_end] * 2], rel=1e-3)
 
 def test_every_group_has_its_rate_and_matrices_alone_decay():

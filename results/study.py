@@ -72,7 +72,7 @@ def arms():
             found[f'tune.grown.{way}.{lr}.{later}.x0.25.s0'] = flags, 1 / 4, None
     for name, (flags, x, share) in list(found.items()):
         found[f'cosine.{name}'] = f'cosine {flags}', x, share
-    for cooldown in (0.4, 1.0):
+    for cooldown in (0.2, 1.0):
         for how, flags in (('once.9', '--monolithic'), ('grown.equal', '')):
             found[f'cooldown.{cooldown}.{how}.x0.25.s0'] = f'--cooldown {cooldown} {flags}', 1 / 4, None
     found['zero.grown.equal.x0.25.s0'] = 'zero', 1 / 4, None
