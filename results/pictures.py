@@ -5,8 +5,8 @@ The pictures of this project: the idea of growth, the losses of your runs, and w
     python results/pictures.py loss out/001 out/002           # losses of runs: out/001/loss.png
     python results/pictures.py show "Привет, 你好, the 🎉"   # a text's tokens as numbers: show.png
 
-The first two need matplotlib, of requirements-dev.txt. The records idea.png, loss.png (of results/laptop) and
-show.png are of the first edition (commits c885aba, d40126e and 2d28fec).
+The first two need matplotlib, of requirements-dev.txt. The records loss.png (of results/laptop) and show.png
+are of the first edition (commits d40126e and 2d28fec).
 """
 
 import argparse
