@@ -1192,7 +1192,7 @@ def close(a, b, tolerance=1e-5):
         assert x['phase'] == y['phase'] and abs(x['val_loss'] - y['val_loss']) <= tolerance, (x, y)
     for name, tensor in a['model'].items():
         difference = (tensor - b['model'][name]).float()     # `ids` are whole numbers
-        assert difference.norm() <= 100 * tolerance * (1e-3 + tensor.float().norm()), name
+        assert difference.norm() <= 300 * tolerance * (1e-3 + tensor.float().norm()), name
 
 def test_two_processes_train_like_one(here, monkeypatch):
     """Stages and LoRA phases, then one more on a text that adds rows to the head; each process adds up two
