@@ -66,7 +66,7 @@ class Config:
     adam_lr: float = 4e-3         # peak learning rate of all else but adapters, by AdamW
     lr_scale_later: float = 0.7   # factor of both rates from the second stage on
     warmup: int = 30              # steps of linear warm-up of the rates, at most half a phase
-    cooldown: float = 0.4         # the last part of a phase, over which they fall in a line to zero
+    cooldown: float = 0.4         # last part of a phase, over which the rates fall in a line to zero
     weight_decay: float = 0.1     # of matrices in blocks
     clip: float = 1.0             # largest gradient norm
     eval_tokens: int = 100_000    # validate on the first so many tokens of the val split, always the same
