@@ -600,12 +600,15 @@ def groups_of(optimizers):
     """The groups of parameters of all optimisers, each with its learning rate."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
-def set_rates(optimizers, peaks, c, step, steps):
-    """Rates of a step: linear warm-up, over half a phase at most; the peak; a linear fall to zero."""
+def schedule(c, step, steps):
+    """A step's rates over their peaks: linear warm-up, over half a phase at most; 1; linear fall to zero."""
     warmup = min(c.warmup, steps // 2)
-    factor = min((step + 1) / (warmup + 1), 1.0, (steps - step) / (c.cooldown * steps))
+    return min((step + 1) / (warmup + 1), 1.0, (steps - step) / (c.cooldown * steps))
+
+def set_rates(optimizers, peaks, c, step, steps):
+    """Gives each group of parameters its rate for a step, by `schedule`."""
     for group, peak in zip(groups_of(optimizers), peaks):
-        group['lr'] = peak * factor
+        group['lr'] = peak * schedule(c, step, steps)
 
 # torchrun numbers its processes in the environment. Each has the whole model and takes its share of the rows
 # of every batch; the first one speaks and writes.

@@ -28,14 +28,12 @@ def zero():
     grow.GrowingTransformer.append = born
 
 def cosine():
-    def set_rates(optimizers, peaks, c, step, steps):
+    def schedule(c, step, steps):
         warmup = min(c.warmup, steps // 2)
-        factor = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
         if step < warmup:
-            factor = (step + 1) / (warmup + 1)
-        for group, peak in zip(grow.groups_of(optimizers), peaks):
-            group['lr'] = peak * factor
-    grow.set_rates = set_rates
+            return (step + 1) / (warmup + 1)
+        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+    grow.schedule = schedule
 
 VARIANTS = dict(zero=zero, cosine=cosine)
 
